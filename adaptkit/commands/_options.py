@@ -1,0 +1,89 @@
+"""Options that several verbs share, and their parsing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    """One decorator out of several, in reading order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class IntList(click.ParamType):
+    """Whole numbers separated by commas, or a range: "1,2,3" or "1-3"."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            if "-" in str(value).lstrip("-"):
+                first, last = (int(part) for part in str(value).split("-"))
+                numbers = tuple(range(first, last + 1))
+            else:
+                numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers: write 1,2,3 or 1-3.", param, ctx)
+        if not numbers or len(set(numbers)) < len(numbers):
+            self.fail(f"{value!r} names no number, or one twice: write 1,2,3 or 1-3.", param, ctx)
+        return numbers
+
+
+class NameList(click.ParamType):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if not names:
+            self.fail("no name was given: write a,b,c.", param, ctx)
+        return names
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
+backbone_option = click.option(
+    "--backbone",
+    default="mini",
+    show_default=True,
+    help="mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:….",
+)
+data_options = apply(
+    [
+        click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders."),
+        click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble."),
+        click.option(
+            "--sampler", default="coop", show_default=True, help="How shots are drawn; which papers draw how is listed"
+            " in the documentation of adaptkit.data.few_shot."
+        ),
+        click.option("--allow-fewer", is_flag=True, help="Accept classes with fewer images than shots (reported)."),
+    ]
+)
+protocol_options = apply(
+    [
+        click.option(
+            "--protocol",
+            type=click.Choice(["few-shot", "base-to-novel"]),
+            default="few-shot",
+            show_default=True,
+            help="few-shot: all classes; base-to-novel: train on half of them, test on both halves.",
+        ),
+        click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Images per class."),
+    ]
+)

@@ -1,0 +1,73 @@
+"""The `adaptkit` command group: finds its verbs lazily and turns our errors into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+import click
+
+from adaptkit import __version__
+from adaptkit.errors import AdaptKitError, StorageError, TrainingError
+
+_VERBS = {
+    "run": "run one method on one task",
+    "compare": "many methods on one task, ranked",
+    "predict": "class names and probabilities for images",
+    "list": "methods, datasets, backbones or recipes",
+    "data": "what is there, what is missing, what to do",
+    "doctor": "versions, device, caches, data roots",
+}
+
+
+class BadInput(click.ClickException):
+    """An error of ours, shown as one sentence; 2 for wrong use or bad input, 1 for a run that failed."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class LazyGroup(click.Group):
+    """Verbs live in the module of their name and are imported when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"adaptkit.commands.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in _VERBS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], _VERBS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(_VERBS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrainingError as error:
+            raise BadInput(str(error), exit_code=1) from error
+        except AdaptKitError as error:
+            raise BadInput(str(error), exit_code=2) from error
+        except PermissionError as error:
+            raise BadInput(str(StorageError(f"No permission: {error.filename or error}.")), exit_code=2) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="adaptkit")
+def main() -> None:
+    """Adapt a frozen vision-language model to your own classes from a handful of images.
+
+    \b
+    Examples:
+      adaptkit compare my_photos --shots 4          which method for my images?
+      adaptkit run --method coop --dataset digits   one method on one task
+      adaptkit predict runs/first/best photo.png    class names and probabilities
+    """

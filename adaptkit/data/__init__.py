@@ -1,0 +1,1 @@
+"""Data: images and labels from any source, typed splits, few shots, frozen features."""

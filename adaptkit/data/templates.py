@@ -1,0 +1,89 @@
+"""Prompt templates and display names: from a stored class name to the sentence a text tower reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from adaptkit.errors import ConfigError
+from adaptkit.types import DEFAULT_TEMPLATES
+
+if TYPE_CHECKING:
+    from adaptkit.data.splits import Dataset
+
+IMAGENET_ENSEMBLE = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+"""OpenAI's selected seven of the 80 ImageNet templates. Source: datasets sheet, section 6."""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "oxford_pets": ("a photo of a {}, a type of pet.",),
+    "oxford_flowers": ("a photo of a {}, a type of flower.",),
+    "food101": ("a photo of {}, a type of food.",),
+    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.",),
+    "dtd": ("{} texture.",),
+    "eurosat": ("a centered satellite photo of {}.",),
+    "ucf101": ("a photo of a person doing {}.",),
+}
+"""The single templates of CoOp and nearly all followers, where they aren't the default one. Source: datasets sheet, 6."""
+
+
+def templates_for(name: str) -> tuple[str, ...]:
+    """The templates of a dataset by its registry name, the default ones for any other."""
+    return TEMPLATES.get(name, DEFAULT_TEMPLATES)
+
+
+def display_name(stored: str) -> str:
+    """A stored class name as it is read: underscores are spaces, and spaces are single.
+
+    Example:
+        >>> display_name("yorkshire_terrier")
+        'yorkshire terrier'
+    """
+    return " ".join(stored.replace("_", " ").split())
+
+
+def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
+    """One template or several, each with exactly one `{}` for the class name.
+
+    Raises:
+        ConfigError: None at all, or one without `{}`, with several, or with other braces.
+    """
+    checked = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not checked:
+        raise ConfigError("No template was given: write at least one, such as 'a photo of a {}.'.")
+    for template in checked:
+        places = template.count("{}")
+        if places != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+            raise ConfigError(
+                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no other"
+                " braces, as in 'a photo of a {}.'."
+            )
+    return checked
+
+
+def render(template: str, name: str) -> str:
+    """The sentence for one class.
+
+    Example:
+        >>> render("a photo of a {}.", "yorkshire_terrier")
+        'a photo of a yorkshire terrier.'
+    """
+    return check_templates(template)[0].replace("{}", display_name(name))
+
+
+def preview(dataset: Dataset, n: int = 5) -> list[str]:
+    """The first `n` sentences a text tower will read: every template for a class, then the next class."""
+    sentences = [render(template, name) for name in dataset.class_names[:n] for template in dataset.templates]
+    return sentences[:n]
+
+
+def render_all(templates: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """Sentences [classes][templates]."""
+    return [[render(template, name) for template in templates] for name in names]

@@ -1,0 +1,269 @@
+"""A run's result: one typed, versioned JSON document, its predictions and its adapter, in one folder.
+
+A run counts as done when its `result.json` parses, has the key asked for and finite numbers; a folder that merely exists
+counts for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaptkit.config import from_mapping
+from adaptkit.errors import AdaptKitError, DataError, StorageError
+from adaptkit.storage import digest_json, new_folder, read_json, write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from adaptkit.methods.adapter import AdaptedModel
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
+PREDICTIONS_FILE = "predictions.safetensors"
+ADAPTER_FOLDER = "adapter"
+_MAX_RESULT_BYTES = 64 * 2**20
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "scikit-learn", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Results on one part of the test split ("all", "base" or "novel").
+
+    Args:
+        name: Which part.
+        num_classes: How many classes the model chose among.
+        correct: Images whose first choice is right.
+        total: Images.
+        metrics: Full-precision metrics as fractions (see `adaptkit.evaluation.metrics`).
+        per_class: (correct, total) for each class, in class order.
+        fallback: True where the method can't serve these classes and its predictions are zero-shot.
+    """
+
+    name: str
+    num_classes: int
+    correct: int
+    total: int
+    metrics: dict[str, Any]
+    per_class: tuple[tuple[int, int], ...]
+    fallback: bool = False
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right first choices, in [0, 1]."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Everything that changes a run's numbers; its digest names the run."""
+
+    method: str
+    backbone: str
+    backbone_digest: str
+    dataset: str
+    split_digest: str
+    protocol: str
+    shots: int
+    seed: int
+    sampler: str
+    settings: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One method on one task with one seed.
+
+    Args:
+        schema_version: Version of this layout.
+        key: Everything that changes the numbers.
+        key_digest: Digest of `key`.
+        parts: Results by part of the test split.
+        harmonic_mean: Of base and novel accuracy, None for other protocols.
+        trained_parameters: How many numbers were trained.
+        adapter_bytes: Size of what was learned, on disk.
+        seconds: By step: "features", "fit", "evaluate".
+        peak_memory_bytes: Largest resident size of the process so far.
+        images_encoded: Image views that had to be encoded for this run (0 where all were stored).
+        few_shot_digest: Digest of the sampled image list.
+        class_names: The classes, in label order.
+        templates: Zero-shot templates.
+        recipe: Name of the recipe, "" for none.
+        tuned_on: What the settings were chosen on: "none", "val", "test" or "per-dataset-config".
+        origins: Where each setting came from.
+        fit: What the method reported.
+        dataset: Facts about the data (source, notes).
+        warnings: What a reader should know.
+        environment: Versions, device, precision.
+    """
+
+    schema_version: int
+    key: RunKey
+    key_digest: str
+    parts: tuple[PartResult, ...]
+    harmonic_mean: float | None
+    trained_parameters: int
+    adapter_bytes: int
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    images_encoded: int
+    few_shot_digest: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    recipe: str = ""
+    tuned_on: str = "none"
+    origins: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> PartResult:
+        """The part of that name."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise DataError(f"This run has no part {name!r}; it has {', '.join(p.name for p in self.parts)}.")
+
+    @property
+    def score(self) -> float:
+        """What methods are ranked by: H where there is one, else accuracy."""
+        return self.parts[0].accuracy if self.harmonic_mean is None else self.harmonic_mean
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """First choices on one part of the test split, image by image.
+
+    Args:
+        part: Which part.
+        index: Position in the test split, [n].
+        labels: True class within the part, [n].
+        predicted: First choice, [n].
+        confidence: Its probability, [n].
+    """
+
+    part: str
+    index: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+
+def write_run(
+    folder: str | Path,
+    result: RunResult,
+    predictions: Iterable[Predictions],
+    model: AdaptedModel,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a run's folder: result, predictions, adapter. It appears whole or not at all."""
+    from adaptkit.methods.adapter import save_adapter
+
+    arrays = {}
+    for item in predictions:
+        arrays[f"{item.part}.index"] = item.index.astype(np.int32)
+        arrays[f"{item.part}.labels"] = item.labels.astype(np.int32)
+        arrays[f"{item.part}.predicted"] = item.predicted.astype(np.int32)
+        arrays[f"{item.part}.confidence"] = item.confidence.astype(np.float32)
+    with new_folder(folder, overwrite=overwrite) as building:
+        write_safetensors(building / PREDICTIONS_FILE, arrays)
+        save_adapter(building / ADAPTER_FOLDER, model, adapter_facts(result))
+        write_json(building / RESULT_FILE, asdict(result))
+    return Path(folder)
+
+
+def adapter_facts(result: RunResult) -> dict[str, Any]:
+    """The facts about a run that its adapter's card shows."""
+    facts: dict[str, Any] = {
+        "dataset": result.key.dataset,
+        "protocol": result.key.protocol,
+        "shots": result.key.shots,
+        "seed": result.key.seed,
+        "split digest": result.key.split_digest,
+        "few-shot digest": result.few_shot_digest,
+    }
+    for part in result.parts:
+        where = "" if part.name == "all" else f", {part.name} classes"
+        facts[f"test accuracy{where}"] = f"{100 * part.accuracy:.1f} % of {part.total}"
+    if result.tuned_on not in ("none", "val"):
+        facts["caution"] = f"settings were chosen on: {result.tuned_on}"
+    return facts
+
+
+def read_run(folder: str | Path) -> RunResult:
+    """Read and check a run's `result.json`.
+
+    Raises:
+        DataError: There is none, it is damaged, or a number in it isn't finite.
+    """
+    path = Path(folder) / RESULT_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} is not a finished run: it has no {RESULT_FILE}.")
+    try:
+        result = from_mapping(RunResult, read_json(path, max_bytes=_MAX_RESULT_BYTES), where=RESULT_FILE)
+    except (StorageError, AdaptKitError) as error:
+        raise DataError(f"{path} is damaged ({error}): run it again.") from error
+    numbers = [part.accuracy for part in result.parts if part.total] + list(result.seconds.values())
+    if not result.parts or not all(math.isfinite(number) for number in numbers):
+        raise DataError(f"{path} holds no finite results: run it again.")
+    if result.key.digest != result.key_digest:
+        raise DataError(f"{path} doesn't match its own key: it was changed by hand or cut off; run it again.")
+    return result
+
+
+def is_done(folder: str | Path, key: RunKey) -> bool:
+    """Whether the folder holds a finished run of exactly this key."""
+    try:
+        return read_run(folder).key_digest == key.digest
+    except DataError:
+        return False
+
+
+def environment(device: str, precision: str) -> dict[str, Any]:
+    """Versions and hardware, for the result."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "precision": precision,
+        "versions": versions,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system doesn't say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def headline(result: RunResult) -> Mapping[str, Any]:
+    """The few numbers that tables show, as fractions."""
+    numbers: dict[str, Any] = {"method": result.key.method}
+    numbers.update({part.name: part.accuracy for part in result.parts})
+    if result.harmonic_mean is not None:
+        numbers["H"] = result.harmonic_mean
+    numbers["trained_parameters"] = result.trained_parameters
+    numbers["seconds"] = sum(result.seconds.values())
+    return numbers

@@ -1,0 +1,378 @@
+"""What every adaptation method gives: settings, trainables, fit, logits, and what it does for classes it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.backbones.base import Backbone
+from adaptkit.errors import AdapterError, ConfigError, DataError, UnsupportedError
+from adaptkit.types import (
+    DEFAULT_TEMPLATES,
+    FitTask,
+    Inputs,
+    NovelClasses,
+    ProgressCallback,
+    Reads,
+    TrainingLoop,
+    TrainingSettings,
+)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the methods' settings: frozen, every field with help text in its metadata."""
+
+
+def render_prompts(names: Sequence[str], template: str) -> list[str]:
+    """One prompt per class; underscores of a name become spaces."""
+    return [template.format(name.replace("_", " ")) for name in names]
+
+
+def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """The zero-shot classifier [classes, dim], unit rows: each prompt's feature is normalised, averaged, normalised.
+
+    Source: datasets sheet, section 6 (arXiv 2103.00020).
+    """
+    prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
+    features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
+    return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
+
+
+class Method(nn.Module):
+    """A way to adapt a frozen backbone. Its parameters are its own trainables; the backbone is not among them.
+
+    Args:
+        backbone: The frozen model; shared, never changed.
+        class_names: The classes it is fitted on, in label order.
+        templates: Zero-shot templates, each with one "{}".
+        config: Settings; None for the defaults.
+        seed: Seeds the initial draws.
+
+    Attributes:
+        config_class: The type of `config`.
+        reads: Whether `forward` and training take features or pixels.
+        novel_classes: What `set_classes` does with names it wasn't fitted on. The class gives the usual answer; an
+            instance may set another one in `build`, where it depends on the settings or the backbone.
+        default_training: Settings of the gradient loop, and the views that are read; None for methods that use neither.
+            Not every method that has them trains by gradient (Tip-Adapter only reads the views): see `GradientMethod`.
+        name: Its registered name; `adaptkit.methods.methods.get` sets nothing, the class says it.
+        needs_text: Whether the backbone must have a text encoder.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    reads: ClassVar[Reads] = "image_features"
+    novel_classes: NovelClasses = "open"
+    default_training: ClassVar[TrainingSettings | None] = None
+    needs_text: ClassVar[bool] = True
+    _zero_shot_memo: tuple[Any, Tensor] | None = None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        config: MethodConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # a tuple, so that torch doesn't count the backbone among our modules
+        self.config = self.config_class() if config is None else config
+        if not isinstance(self.config, self.config_class):
+            raise ConfigError(f"{self.name} takes a {self.config_class.__name__}, not a {type(self.config).__name__}.")
+        if self.needs_text and not backbone.has_text:
+            raise UnsupportedError(
+                f"{self.name} compares images with class names, and {backbone.spec.name!r} has no text encoder:"
+                " choose a CLIP-like backbone, or a method that needs no text (linear-probe)."
+            )
+        self.templates = check_templates(templates)
+        self.fitted_names = check_names(class_names)
+        self.class_names = self.fitted_names
+        self.uses_fallback = False
+        self.generator = torch.Generator().manual_seed(seed)
+        self.build()
+        self.to(backbone.device)
+        self.set_classes(class_names)
+        self.eval()  # only a training loop puts it into training mode
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone[0]
+
+    @property
+    def open_vocabulary(self) -> bool:
+        """Whether classes it wasn't fitted on are served by what it learned."""
+        return self.novel_classes == "open"
+
+    # --- what a method fills in ---------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Create the trainables; draws come from `self.generator`, on the CPU. Called once, before `set_classes`."""
+
+    def classes_changed(self) -> None:
+        """Rebuild what depends on `self.class_names` and `self.uses_fallback`. Called by `set_classes`."""
+
+    def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
+        """Fit on the task, in place; returns facts for the result (searched settings, losses, …)."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't define fit.")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [batch, classes] of unnormalised features [batch, dim] or pixels [batch, 3, h, w] (see `reads`)."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't define forward.")
+
+    def resize_for(self, state: Mapping[str, Tensor]) -> None:
+        """Give the trainables the sizes of a state about to be loaded, for methods whose sizes come from the data.
+
+        The sizes come from a file: check them (`AdapterError`) before anything is allocated.
+        """
+
+    def reference_key(self, key: str) -> str | None:
+        """The name that this method's official release gives to our `adapter_state` entry `key`.
+
+        None where the release keeps no such entry and ours stays as it is.
+        """
+        raise UnsupportedError(f"{self.name} has no reference checkpoints to read.")
+
+    # --- what every method has ----------------------------------------------------------------------------------------
+
+    def set_classes(self, names: Sequence[str]) -> Method:
+        """Predict among `names` from now on; returns itself.
+
+        A subset of the fitted classes is always served by what was learned. What happens with others depends on
+        `novel_classes`: they are served ("open"), all predictions become zero-shot and `uses_fallback` is set
+        ("zero-shot"), or they are refused ("refused").
+
+        Raises:
+            UnsupportedError: Novel classes for a method that refuses them, or fitted and novel classes mixed for a
+                method whose scores for the two aren't comparable.
+        """
+        names = check_names(names)
+        novel = [name for name in names if name not in set(self.fitted_names)]
+        if novel and self.novel_classes == "refused":
+            raise UnsupportedError(
+                f"{self.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
+                " fit it on these classes, or choose an open-vocabulary method."
+            )
+        mixed = novel and len(novel) < len(names)
+        if mixed and self.novel_classes == "zero-shot":
+            raise UnsupportedError(
+                f"{self.name} scores fitted classes and zero-shot ones on different scales, so it can't choose between"
+                f" {names[0]!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
+            )
+        before = (self.class_names, self.uses_fallback)
+        self.class_names, self.uses_fallback = names, bool(novel) and self.novel_classes == "zero-shot"
+        try:
+            self.classes_changed()
+        except Exception:  # a name that doesn't fit, for one: go on with the classes from before
+            self.class_names, self.uses_fallback = before
+            raise
+        return self
+
+    def fitted_indices(self) -> Tensor:
+        """Index among the fitted classes of each current class, int64 [classes]; no novel classes."""
+        place = {name: index for index, name in enumerate(self.fitted_names)}
+        return torch.tensor([place[name] for name in self.class_names], device=self.backbone.device)
+
+    def zero_shot(self) -> Tensor:
+        """The zero-shot classifier [classes, dim] of the current classes, unit rows; remembered for one class list."""
+        key = (self.class_names, self.backbone.device)
+        if self._zero_shot_memo is None or self._zero_shot_memo[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # made in inference mode, it couldn't serve training
+                weights = zero_shot_weights(self.backbone, self.class_names, self.templates)
+            self._zero_shot_memo = (key, weights)
+        return self._zero_shot_memo[1]
+
+    def cosine_logits(self, features: Tensor, weights: Tensor) -> Tensor:
+        """scale · cosine + bias: [batch, dim] and unit weights [classes, dim] to [batch, classes], fp32.
+
+        Also under autocast, since half-precision logits near 30 would be multiples of 1/64 or coarser.
+        """
+        backbone = self.backbone
+        with torch.autocast(features.device.type, enabled=False):
+            cosine = F.normalize(features.float(), dim=-1) @ weights.float().T  # [batch, classes]
+            return backbone.logit_scale * cosine + backbone.logit_bias
+
+    def num_trained(self) -> int:
+        """How many numbers it trains."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What was learned, by name; enough to rebuild it next to the same backbone."""
+        return {key: value.detach() for key, value in self.state_dict().items()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what was learned.
+
+        Raises:
+            AdapterError: A tensor is missing, unknown, of another shape, or not finite.
+        """
+        self.resize_for(state)
+        own = self.state_dict()
+        missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        if missing or unknown:
+            what = f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which {self.name} doesn't know"
+            raise AdapterError(f"The adapter {what}: it was made with other settings or by another method.")
+        for key, value in state.items():
+            if value.shape != own[key].shape:
+                raise AdapterError(
+                    f"The adapter's {key!r} has shape {tuple(value.shape)}, {tuple(own[key].shape)} was expected:"
+                    " it was made for another backbone or with other settings."
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise AdapterError(f"The adapter's {key!r} holds values that aren't finite: train it again.")
+        self.load_state_dict(dict(state))
+        self.classes_changed()
+
+    def load_reference_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint of the method's official release, whose extra entries (CLIP itself) are ignored.
+
+        Args:
+            state: As `adaptkit.methods.reference.read_reference_checkpoint` gives it.
+
+        Raises:
+            AdapterError: An entry is missing, or has another shape than these settings and this backbone ask for.
+        """
+        own = self.adapter_state()
+        if not own:
+            raise UnsupportedError(f"{self.name} has no reference checkpoints to read: it learns nothing.")
+        for key, value in own.items():
+            theirs = self.reference_key(key)
+            if theirs is None:
+                continue
+            # CoOp's files hold the prompt learner alone ("ctx"), MaPLe's the whole model ("prompt_learner.ctx")
+            found = next((name for name in (theirs, theirs.partition(".")[2]) if name in state), None)
+            if found is None:
+                raise AdapterError(
+                    f"The checkpoint has no {theirs!r}, which holds {self.name}'s {key!r}: it was made by another"
+                    " method or with other settings."
+                )
+            own[key] = state[found].to(value.device, value.dtype)
+        self.load_adapter_state(own)
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names as a tuple, refusing none at all, empty ones and duplicates."""
+    names = tuple(names)
+    if not names:
+        raise DataError("No class names were given: at least one is needed.")
+    empty = [index for index, name in enumerate(names) if not name.strip()]
+    if empty:
+        raise DataError(f"Class {empty[0]} has an empty name: every class needs a name.")
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise DataError(f"Class name {twice[0]!r} occurs {names.count(twice[0])} times: make the names unique.")
+    return names
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Zero-shot templates as a tuple, each with exactly one "{}" for the class name."""
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not templates:
+        raise ConfigError('No template was given: at least one is needed, such as "a photo of a {}.".')
+    for template in templates:
+        if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+            raise ConfigError(
+                f"Template {template!r} can't be filled in: write exactly one {{}} where the class name goes."
+            )
+    return templates
+
+
+def draw_linear(inputs: int, outputs: int, numbers: torch.Generator, *, bias: bool = True) -> nn.Linear:
+    """A linear layer drawn as `nn.Linear` does, uniform in ±1/sqrt(inputs), but from our own generator, on the CPU."""
+    with torch.random.fork_rng(devices=()):  # its own draw would move torch's generator
+        layer = nn.Linear(inputs, outputs, bias=bias)
+    bound = inputs**-0.5
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=numbers)
+    return layer
+
+
+def draw_normal(shape: Sequence[int], std: float, numbers: torch.Generator) -> nn.Parameter:
+    """A trainable of normal draws with mean 0, made on the CPU."""
+    return nn.Parameter(torch.randn(tuple(shape), generator=numbers) * std)
+
+
+def read_all(inputs: Inputs, view: int = 0) -> Tensor:
+    """All inputs in one view, fp32, in order: features [n, dim] or pixels [n, 3, h, w].
+
+    Raises:
+        DataError: A value isn't finite; the message says of which image.
+    """
+    values = inputs.select(torch.arange(len(inputs.labels)), view).detach().float()
+    wrong = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
+    if len(wrong):
+        raise DataError(
+            f"Image {int(wrong[0])} (and {len(wrong) - 1} more) has features that aren't finite: check the image, or"
+            " encode in fp32."
+        )
+    return values
+
+
+def progress_of(loop: TrainingLoop | None) -> ProgressCallback:
+    """The loop's progress callback, for methods that don't train by gradient and still take a while."""
+    return getattr(loop, "progress", None) or (lambda what, done, total: None)
+
+
+class ClassWeightMethod(Method):
+    """A method whose logits are scale · cosine with one vector per class; it folds to a matrix.
+
+    Weights depend on the trainables and the class names alone, so evaluation computes them once and remembers them
+    until either changes.
+    """
+
+    _memo: tuple[Any, Tensor] | None = None
+
+    def class_weights(self) -> Tensor:
+        """One vector per current class, [classes, dim], unit rows; differentiable with respect to the trainables."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't define class_weights.")
+
+    def folded_weights(self) -> Tensor:
+        """`class_weights`, remembered where no gradient is asked for."""
+        if torch.is_grad_enabled():
+            return self.class_weights()
+        key = (
+            self.class_names,
+            [(id(t), t._version, t.device, t.dtype) for t in (*self.parameters(), *self.buffers())],
+        )
+        if self._memo is None or self._memo[0] != key:
+            self._memo = (key, self.class_weights())
+        return self._memo[1]
+
+    def classes_changed(self) -> None:
+        self._memo = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.cosine_logits(inputs, self.folded_weights())
+
+
+class GradientMethod(Method):
+    """A method trained by the gradient loop: it gives a loss as named terms, the loop does the rest."""
+
+    default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
+
+    def prepare(self, task: FitTask) -> None:
+        """Build what depends on the training data, before the first step."""
+
+    def losses(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named loss terms, whose sum is minimised; `inputs` as `forward` takes them, labels int64 [batch]."""
+        return {"cross_entropy": F.cross_entropy(self(inputs), labels)}
+
+    def finish(self, task: FitTask) -> dict[str, Any]:
+        """Choose what is chosen after training (on validation data); facts for the result."""
+        return {}
+
+    def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
+        if loop is None:
+            raise ConfigError(f"{self.name} trains by gradient: hand its fit a loop (adaptkit.training.loop).")
+        self.set_classes(self.fitted_names)
+        self.prepare(task)
+        report = loop(self, task)
+        return {**report, **self.finish(task)}

@@ -1,0 +1,1 @@
+"""Methods that keep the few shots themselves as a cache."""

@@ -1,0 +1,1 @@
+"""Methods that learn the text, or the text and image, prompts of a frozen backbone."""

@@ -1,0 +1,350 @@
+"""Our methods against numbers computed by their published reference implementations.
+
+Reads every case of the folder in ADAPTKIT_GOLDEN_DIR, or those kept here. A case is one JSON file; what its fields
+mean, and the formulas for weights, images and trainables, is described where the cases come from: all is drawn by
+NumPy's frozen legacy generator, so that nothing but numbers needs to be stored. A case of a known method runs without
+new code, whatever its seed, sizes and classes; a new method needs a line in `SETTINGS` (and, if it acts on features
+alone, one in `FEATURE_LEVEL`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptkit.backbones.base import Backbone, BackboneSpec, Preprocessing
+from adaptkit.errors import UnsupportedError
+from adaptkit.methods import methods
+from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.training.loop import GradientLoop
+from adaptkit.types import FitTask, TensorInputs, TrainingSettings
+from tests.golden.tiny_clip import build_tiny_clip
+
+OWN_FOLDER = Path(__file__).parent
+FOLDER = Path(os.environ.get("ADAPTKIT_GOLDEN_DIR") or OWN_FOLDER)
+CASES = sorted(FOLDER.glob("*.json"))
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5  # fp32; rounding alone takes up at most a quarter of it
+
+
+# --- a method's settings under the reference's names ------------------------------------------------------------------
+
+
+def _coop(config: Mapping[str, Any]) -> dict[str, Any]:
+    words = config["TRAINER.COOP.CTX_INIT"]
+    return {
+        "num_context": config["TRAINER.COOP.N_CTX"],
+        "context_init": words,
+        "class_specific": config["TRAINER.COOP.CSC"] and not words,  # words start one context for all
+        "class_position": config["TRAINER.COOP.CLASS_TOKEN_POSITION"],
+    }
+
+
+def _maple(config: Mapping[str, Any]) -> dict[str, Any]:
+    count = config["TRAINER.MAPLE.N_CTX"]
+    words = config["TRAINER.MAPLE.CTX_INIT"] if count <= 4 else ""  # the reference drops them silently above four
+    return {"num_context": count, "depth": config["TRAINER.MAPLE.PROMPT_DEPTH"], "context_init": words}
+
+
+def _tip(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {"alpha": config["init_alpha"], "beta": config["init_beta"]}
+    if "search_scale" in config:
+        (max_beta, max_alpha), (beta_steps, alpha_steps) = config["search_scale"], config["search_step"]
+        settings |= {"max_beta": max_beta, "max_alpha": max_alpha}
+        settings |= {"beta_steps": beta_steps, "alpha_steps": alpha_steps}
+    return settings
+
+
+SETTINGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "zero-shot": lambda config: {},
+    "coop": _coop,
+    "maple": _maple,
+    "clip-adapter": lambda config: {"ratio": config["ratio"], "reduction": config["reduction"]},
+    "tip-adapter": _tip,
+    "tip-adapter-f": _tip,
+}
+
+
+def our_name(method: str) -> str | None:
+    """The registered name of a case's method: its own, or what it is a variant of ("coop-csc" of "coop")."""
+    fitting = [name for name in methods if method == name or method.startswith(f"{name}-")]
+    return max(fitting, key=len, default=None)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+THEIR_LAYERS = {"keys": "adapter.weight"}  # Tip-Adapter-F: a layer in training, a bare tensor in its files
+
+
+class Comparison:
+    """Compares results with a case's `expected`, keeps the largest deviation as a share of what is allowed."""
+
+    def __init__(self, expected: Mapping[str, Any]) -> None:
+        self.expected = expected
+        self.unseen = set(expected)
+        self.worst = 0.0
+
+    def wants(self, name: str) -> bool:
+        return name in self.expected
+
+    def check(self, name: str, actual: Tensor | float) -> None:
+        if name not in self.expected:
+            return
+        self.unseen.discard(name)
+        self.close(name, actual, self.expected[name])
+
+    def close(self, what: str, actual: Tensor | float, wanted: Any) -> None:
+        wanted = np.asarray(wanted, dtype=np.float64)
+        got = torch.as_tensor(actual).detach().cpu().double().numpy()
+        assert got.shape == wanted.shape, f"{what}: shape {got.shape} instead of {wanted.shape}"
+        allowed = ABSOLUTE * max(1.0, float(np.abs(wanted).max())) + RELATIVE * np.abs(wanted)
+        share = float((np.abs(got - wanted) / allowed).max())
+        self.worst = max(self.worst, share)
+        assert share <= 1, f"{what}: off by {share:.3g} times what is allowed"
+
+    def summary(self, what: str, actual: Tensor, wanted: Mapping[str, Any]) -> None:
+        """An array given as its norm and its first entries (and, for some, its shape)."""
+        self.close(f"{what}, norm", actual.norm(), wanted["norm"])
+        self.close(f"{what}, first entries", actual.flatten()[: len(wanted["first8"])], wanted["first8"])
+        assert list(actual.shape) == wanted.get("shape", list(actual.shape))
+
+    def gradients(self, name: str, method: Method) -> None:
+        if name not in self.expected:
+            return
+        self.unseen.discard(name)
+        ours = {
+            THEIR_LAYERS.get(key, method.reference_key(key)): parameter.grad
+            for key, parameter in method.named_parameters()
+        }
+        assert set(ours) == set(self.expected[name])
+        for key, wanted in self.expected[name].items():
+            assert ours[key] is not None, f"{key} has no gradient"
+            self.summary(f"gradient of {key}", ours[key], wanted)
+
+
+def draw(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    values = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode())).standard_normal(shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+# --- methods on the tiny CLIP -----------------------------------------------------------------------------------------
+
+
+def template_of(case: Mapping[str, Any]) -> tuple[str, ...]:
+    """The template that fills in to the prompts; methods with prompts of their own need none."""
+    for name, prompt in zip(case["classnames"], case["prompts"], strict=True):
+        if prompt.count(name.replace("_", " ")) == 1:
+            return (prompt.replace(name.replace("_", " "), "{}"),)
+    return ("{}",)
+
+
+def tiny_clip_method(case: Mapping[str, Any], name: str) -> Method:
+    backbone = build_tiny_clip(case["clip"], case["seed"])
+    kind = methods.get(name)
+    config = kind.config_class(**SETTINGS[name](case["config"]))
+    method = kind(backbone, case["classnames"], templates=template_of(case), config=config)
+    state = {}
+    for parameter in case["parameters"]:
+        value = draw(case["seed"], f"{case['method']}:{parameter['name']}", tuple(parameter["shape"]))
+        state[parameter["name"]] = value * parameter["scale"] + parameter.get("offset", 0.0)
+    if state:
+        method.load_reference_state(state)
+    assert method.num_trained() == sum(value.numel() for value in state.values())
+    return method
+
+
+def run_on_tiny_clip(case: Mapping[str, Any], name: str, compare: Comparison) -> None:
+    method = tiny_clip_method(case, name)
+    backbone = method.backbone
+    pixels = draw(case["seed"], "images", (case["B"], 3, case["clip"]["image_size"], case["clip"]["image_size"]))
+    labels = torch.tensor(case["labels"])
+    for kind in ("", "novel_"):
+        tokens = backbone.tokenize(case[f"{kind}prompts"])
+        assert tokens.ends.tolist() == case[f"{kind}tokens"]["eot_index"]
+        for row, wanted in zip(tokens.ids.tolist(), case[f"{kind}tokens"]["ids"], strict=True):
+            assert row[: len(wanted)] == wanted
+    with torch.no_grad():
+        raw = backbone.encode_image(pixels)
+        inputs = pixels if method.reads == "images" else raw
+        compare.check("image_features_raw", raw)
+        features = method.encode_image(pixels) if hasattr(method, "encode_image") else raw
+        compare.check("image_features", F.normalize(features, dim=-1))
+        if compare.wants("adapter_output"):
+            compare.check("adapter_output", method.adapted(raw))
+
+    method.train()
+    logits = method(inputs)
+    compare.check("logits_train", logits)
+    if isinstance(method, GradientMethod):
+        terms = method.losses(inputs, labels)
+        loss = torch.stack(list(terms.values())).sum()
+        compare.check("loss", loss)
+        for term, value in terms.items():
+            compare.check(f"loss_{term}", value)
+        loss.backward()
+        compare.gradients("gradients", method)
+
+    method.eval()
+    with torch.no_grad():
+        logits = method(inputs)
+        compare.check("logits_base", logits)
+        compare.check("loss_ce", F.cross_entropy(logits, labels))
+        if compare.wants("text_features_base"):
+            compare.check("text_features_base", method.class_weights())
+        _check_novel(case, method, inputs, compare)
+
+
+def _check_novel(case: Mapping[str, Any], method: Method, inputs: Tensor, compare: Comparison) -> None:
+    if compare.wants("logits_novel") and compare.expected["logits_novel"] is None:
+        compare.unseen.discard("logits_novel")
+        with pytest.raises(UnsupportedError):
+            method.set_classes(case["novel_classnames"])
+        return
+    method.set_classes(case["novel_classnames"])
+    compare.check("logits_novel", method(inputs))
+    if compare.wants("text_features_novel"):
+        compare.check("text_features_novel", method.class_weights())
+
+
+# --- methods on features alone ----------------------------------------------------------------------------------------
+
+
+class GivenText(Backbone):
+    """A backbone whose text features are given; there is nothing else to it."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__(BackboneSpec("given", "test", "", features.shape[1], Preprocessing(1), 77), 100.0)
+        self.given = features
+
+    def text_features(self, texts: Any) -> Tensor:
+        assert len(texts) == len(self.given)
+        return self.given
+
+
+def feature_sets(case: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The case's sets of features with their labels, by name."""
+    facts, root = case["features"], case["features"]["dim"] ** 0.5
+
+    def z(name: str, *shape: int) -> Tensor:
+        return draw(case["seed"], f"{case['method']}:{name}", shape) / root
+
+    dim = facts["dim"]
+    class_means, image_mean = z("class_means", facts["classes"], dim), z("image_mean", dim)
+    means = {"image": image_mean, "text": z("text_mean", dim) + 0.5 * image_mean}
+    sets = {}
+    for entry in facts["sets"]:
+        labels = torch.tensor(entry["labels"])
+        rows = means[entry["kind"]] + facts["between"] * class_means[labels]
+        rows = rows + entry["noise"] * z(entry["name"], entry["rows"], dim)
+        sets[entry["name"]] = (F.normalize(rows, dim=-1) if entry["unit"] else rows, labels)
+    return sets
+
+
+def support_views(sets: Mapping[str, tuple[Tensor, Tensor]]) -> TensorInputs:
+    """The support set in its augmented views; where there are several, a plain view that must not count leads them."""
+    views = [sets[name][0] for name in sorted(sets) if name.startswith("support_view")]
+    values = torch.stack(views if len(views) == 1 else [torch.full_like(views[0], 1e6), *views])
+    return TensorInputs(values, sets["support_view0"][1])
+
+
+def run_tip(case: Mapping[str, Any], name: str, compare: Comparison) -> None:
+    sets = feature_sets(case)
+    names = tuple(f"class {index}" for index in range(case["features"]["classes"]))
+    kind = methods.get(name)
+    method = kind(GivenText(sets["text"][0]), names, config=kind.config_class(**_tip(case["config"])))
+    val = TensorInputs(sets["val"][0][None], sets["val"][1])
+    task = FitTask(names, support_views(sets), val)
+    query = sets["query"][0]
+    if name == "tip-adapter-f":
+        _run_tip_training(case, method, task, TensorInputs(sets["train"][0][None], sets["train"][1]), query, compare)
+        return
+    method.build_cache(task)
+    compare.unseen.discard("cache_keys")
+    compare.summary("cache_keys", method.keys, compare.expected["cache_keys"])
+    compare.check("clip_logits", method.clip_logits(query))
+    compare.check("cache_logits", method.cache_logits(query))
+    compare.check("logits", method(query))
+    facts = method.fit(task)
+    wanted = compare.expected["search"]
+    compare.unseen.discard("search")
+    compare.close("beta", facts["beta"], wanted["best_beta"])
+    compare.close("alpha", facts["alpha"], wanted["best_alpha"])
+    compare.close("logits after the search", method(query), wanted["logits"])
+
+
+def _run_tip_training(
+    case: Mapping[str, Any], method: Any, task: FitTask, train: TensorInputs, query: Tensor, compare: Comparison
+) -> None:
+    method.prepare(task)
+    features, labels = train.values[0], train.labels
+    compare.check("train_logits_initial", method(features))
+    (loss,) = method.losses(features, labels).values()
+    compare.check("loss_initial", loss)
+    loss.backward()
+    compare.gradients("gradients_initial", method)
+    after_epochs: list[Tensor] = []
+
+    def keep(what: str, done: int, total: int) -> None:
+        if done > len(after_epochs):  # one step an epoch
+            with torch.no_grad():
+                after_epochs.append(method(query))
+
+    settings = TrainingSettings(
+        epochs=case["config"]["train_epoch"],
+        batch_size=len(labels),
+        optimiser="adamw",
+        lr=case["config"]["lr"],
+        eps=1e-4,
+        weight_decay=0.01,
+        schedule="cosine-step",
+        warmup_epochs=0,
+    )
+    report = GradientLoop(settings, keep)(method, FitTask(task.class_names, train))
+    compare.close("learning rates", torch.tensor(report["learning_rates"]), case["config"]["lr_per_step"])
+    compare.check("loss_per_epoch", torch.tensor(report["losses"]))
+    compare.check("query_logits_per_epoch", torch.stack(after_epochs))
+
+
+FEATURE_LEVEL: dict[str, Callable[[Mapping[str, Any], str, Comparison], None]] = {
+    "tip-adapter": run_tip,
+    "tip-adapter-f": run_tip,
+}
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_case(path: Path, record_property: Callable[[str, object], None]) -> None:
+    case = json.loads(path.read_text())
+    name = our_name(case["method"])
+    if name is None:
+        pytest.skip(f"{case['method']} isn't in the registry")
+    if name not in SETTINGS:
+        pytest.fail(f"{name} is registered, but SETTINGS doesn't say how its golden settings map to ours")
+    compare = Comparison(case["expected"])
+    if "features" in case:
+        FEATURE_LEVEL[name](case, name, compare)
+    else:
+        run_on_tiny_clip(case, name, compare)
+    assert not compare.unseen, f"{sorted(compare.unseen)} was expected and not compared"
+    record_property("share_of_tolerance", compare.worst)
+    print(f"{path.stem}: at most {compare.worst:.3f} of what is allowed")
+
+
+def test_the_cases_are_there() -> None:
+    """The kept cases run, all of them: a renamed method or a moved folder must not turn them into skips."""
+    kept = [json.loads(path.read_text())["method"] for path in OWN_FOLDER.glob("*.json")]
+    assert sum(our_name(method) is not None for method in kept) >= 9
+    assert CASES, f"{FOLDER} holds no cases"
