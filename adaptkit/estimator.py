@@ -37,6 +37,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, save_adapter
 from adaptkit.storage import digest_bytes, digest_file, digest_json
 from adaptkit.training.loop import fit_method
+from adaptkit.training.seeding import generator
 from adaptkit.types import DEFAULT_TEMPLATES, FitTask, Inputs, TensorInputs, TrainingSettings
 
 MEMO_BYTES = 128 * 2**20
@@ -422,8 +423,10 @@ def _labelled(X: Any, y: Any) -> tuple[_Pictures, NDArray[Any]]:  # noqa: N803
 
 
 def _labels(y: Any) -> NDArray[Any]:
+    given = list(y) if isinstance(y, (list, tuple)) else []  # numpy would turn [1, "b"] into texts
     values = column_or_1d(y, warn=True)
-    if values.dtype == object and len({type(value) for value in values.tolist()}) > 1:
+    mixed = len({isinstance(value, str) for value in given}) > 1
+    if mixed or (values.dtype == object and len({type(value) for value in values.tolist()}) > 1):
         raise DataError("The labels mix types (or hold None): give texts only, or whole numbers only.")
     check_classification_targets(values)
     if values.dtype == object:
@@ -568,7 +571,9 @@ class _Look:
         image, preprocessing = pictures.open(position), self.backbone.spec.preprocessing
         if view == 0:
             return to_pixels(image, preprocessing)
-        raise NotImplementedError
+        numbers = generator(self.seed, "view", str(view), pictures.digest(position))
+        settings = self.settings
+        return augment(image, preprocessing, numbers, crop_scale=settings.crop_scale, flip=settings.flip)
 
     def _key(self, digest: str, view: int) -> tuple[str, ...]:
         drawn = "" if view == 0 else digest_json([view, self.seed, self.settings.crop_scale, self.settings.flip])

@@ -72,6 +72,10 @@ class ClipBpe:
             raise BackboneError(f"Unknown text cleaning {clean!r}: it must be one of {', '.join(sorted(CLEANERS))}.")
         self.clean = clean
 
+    def __reduce__(self) -> tuple[type[ClipBpe], tuple[str]]:
+        """What is remembered of words isn't pickled: it can't be, and is made again on first use."""
+        return ClipBpe, (self.clean,)
+
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
         return {merge: rank for rank, merge in enumerate(_merges())}

@@ -211,7 +211,8 @@ class CacheMethod(Method):
         counts = []
         for similar in _similarities(distance, betas.tolist()):
             cache = sum_up(similar)  # [n, classes]
-            right = clip_own + weights * cache.gather(1, own)[:, 0]  # [alphas, n]
+            # the same fused operation on both sides, so that ties stay ties
+            right = torch.addcmul(clip_own, weights, cache.gather(1, own)[:, 0])  # [alphas, n]
             rival = torch.addcmul(clip_others, weights[:, None], cache).amax(dim=-1)  # [alphas, n]
             counts.append((right > rival).sum(dim=-1))
         return torch.stack(counts).cpu()  # [betas, alphas]
