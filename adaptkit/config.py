@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
-from adaptkit.errors import ConfigError, MissingPathError
+from adaptkit.errors import AdaptKitError, ConfigError, MissingPathError
 
 T = TypeVar("T")
 
@@ -101,19 +101,21 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
         {'train': {'lr': '2e-3'}, 'num_context': '4'}
     """
     result: dict[str, Any] = {}
+    wholes: set[tuple[str, ...]] = set()  # names that were given a value, which may itself be a mapping
     for item in items:
         name, equals, text = item.partition("=")
         parts = [part.strip() for part in name.split(".")]
         if not equals or not all(parts):
             raise ConfigError(f"{item!r} is no override: write NAME=VALUE, for example train.lr=2e-3.")
         level = result
-        for part in parts[:-1]:
-            level = level.setdefault(part, {})
-            if not isinstance(level, dict):
+        for depth, part in enumerate(parts[:-1], start=1):
+            if tuple(parts[:depth]) in wholes:
                 raise ConfigError(f"{item!r} sets a part of {part!r}, which another override sets as a whole.")
-        if isinstance(level.get(parts[-1]), dict):
+            level = level.setdefault(part, {})
+        if parts[-1] in level and tuple(parts) not in wholes:
             raise ConfigError(f"{item!r} sets {name.strip()!r} as a whole, of which another override sets a part.")
         level[parts[-1]] = _override_value(text.strip(), item)
+        wholes.add(tuple(parts))
     return result
 
 
@@ -139,13 +141,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
             something else than a mapping.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingPathError(f"There is no settings file {path}: check the path.")
-    size = path.stat().st_size
-    if size > _MAX_YAML_BYTES:
-        raise ConfigError(f"{path} has {size:,} bytes; a settings file has at most {_MAX_YAML_BYTES:,}.")
     try:
+        if not path.is_file():
+            raise MissingPathError(f"There is no settings file {path}: check the path.")
+        size = path.stat().st_size
+        if size > _MAX_YAML_BYTES:
+            raise ConfigError(f"{path} has {size:,} bytes; a settings file has at most {_MAX_YAML_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
+    except AdaptKitError:
+        raise
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't UTF-8 text (byte {error.start}): save it as UTF-8.") from error
     except OSError as error:
@@ -430,6 +434,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line} isn't valid YAML: {error.problem or error.context}.") from error
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}{line} isn't valid YAML: {reason}.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{where} isn't valid YAML: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"{where} isn't valid YAML: {(str(error).splitlines() or ['damaged'])[0]}.") from error
+    except (LookupError, AttributeError) as error:  # what PyYAML lets through of "!!bool x" and "!!timestamp x"
+        raise ConfigError(f"{where} isn't valid YAML: a value in it doesn't fit its tag (!!…).") from error

@@ -28,7 +28,7 @@ class UnknownNameError(AdaptKitError, LookupError):
             hint: What else to do; a full sentence.
         """
         known = sorted(known)
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+        near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.6)
         parts = [f"Unknown {kind} {name!r}."]
         if near:
             parts.append(f"Did you mean {' or '.join(repr(match) for match in near)}?")

@@ -92,9 +92,9 @@ class Registry(Generic[T]):
         with self._lock:
             if self._outside_read:
                 return
-            self._outside_read = True
             for point in importlib.metadata.entry_points(group=self._entry_points):
                 self.add(Entry(point.name, point.value.split(":")[0], "plugin"))
+            self._outside_read = True  # only now: a bad name is refused every time, not just the first
 
     def get(self, name: str) -> T:
         """The object registered under `name`; imports its module on first use.

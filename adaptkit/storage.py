@@ -10,16 +10,18 @@ import contextlib
 import errno
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
 import secrets
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 2**20
+_MOST_PADDING = 16  # chunks read behind the last member of a tar
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
@@ -48,8 +51,8 @@ _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "your disk quota is used up: free some space",
     errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "permission is denied: choose a folder you may write to",
-    errno.EPERM: "permission is denied: choose a folder you may write to",
+    errno.EACCES: "permission is denied: change its permissions, or choose another place",
+    errno.EPERM: "permission is denied: change its permissions, or choose another place",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder",
     errno.ENAMETOOLONG: "the name is too long",
@@ -126,8 +129,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise StorageError(f"{path} is a file, and a folder is to be written there: choose another name.")
-    if overwrite and (path == Path.home() or Path.cwd().is_relative_to(path)):
-        raise StorageError(f"{path} is not overwritten, because you work in it: choose another folder.")
+    used = [Path(os.path.realpath(folder)) for folder in (Path.cwd(), os.path.expanduser("~"))]
+    if overwrite and any(folder.is_relative_to(path) for folder in used):
+        raise StorageError(f"{path} is not overwritten, because you work or live in it: choose another folder.")
     with _storage_errors(path):
         if not overwrite and any(path.iterdir()):
             raise StorageError(f"{path} exists and isn't empty: choose another folder, or ask to overwrite it.")
@@ -159,10 +163,20 @@ def write_json(path: str | Path, content: Any) -> None:
     """
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        if not _is_utf8(text):  # names of files that aren't UTF-8 hold lone surrogates: written as \udc80
+            text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} can't be written as JSON: {error}.") from error
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: str | Path, max_bytes: int = 256 * 2**20) -> Any:
@@ -177,7 +191,7 @@ def read_json(path: str | Path, max_bytes: int = 256 * 2**20) -> Any:
     try:
         with _storage_errors(path, "read"):
             text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise StorageError(f"{path} isn't valid JSON (line {error.lineno}: {error.msg}).") from error
     except UnicodeDecodeError as error:
@@ -188,6 +202,13 @@ def read_json(path: str | Path, max_bytes: int = 256 * 2**20) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}, which JSON doesn't know")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text:.40}, which is too large a number")
+    return number
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -207,8 +228,13 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Ma
     """Write torch tensors or NumPy arrays by name, atomically; the safetensors library reads the file too.
 
     Raises:
-        StorageError: A dtype the format doesn't know, or the file can't be written.
+        StorageError: A dtype the format doesn't know, a tensor named "__metadata__", metadata that isn't text, or the
+            file can't be written.
     """
+    if "__metadata__" in tensors:
+        raise StorageError("A tensor is named '__metadata__', which the format keeps for itself: rename it.")
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise StorageError("The metadata of a safetensors file must be texts by name: convert the values first.")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     raw = {name: _raw(name, tensors[name]) for name in tensors}
@@ -308,6 +334,8 @@ def _raw(name: str, value: Any) -> tuple[str, tuple[int, ...], np.ndarray]:
         if not isinstance(value, torch.Tensor):
             raise StorageError(f"{name!r} is a {type(value).__name__}, not a tensor or an array.")
         code = _TORCH_NAMES.get(str(value.dtype))
+        if code is None:  # before NumPy is asked, which doesn't know all of torch's dtypes either
+            raise StorageError(f"{name!r} has dtype {value.dtype}, which safetensors files don't hold.")
         tensor = value.detach().cpu().contiguous()
         array = (tensor.view(torch.int16) if code == "BF16" else tensor).numpy()  # NumPy has no bfloat16
     if code is None:
@@ -331,6 +359,8 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         good = dtype in _DTYPE_BYTES and isinstance(shape, list) and len(shape) <= 64
         good = good and all(map(_is_count, [*shape, start, stop]))
+        # torch counts in 64 bits, and multiplies sizes even where one of them is 0
+        good = good and math.prod(max(1, length) for length in shape) * _DTYPE_BYTES[dtype] < 2**62
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
@@ -411,8 +441,7 @@ def digest_file(path: str | Path) -> str:
     """
     path = Path(path)
     digest = hashlib.sha256()
-    if not path.is_file():
-        raise MissingPathError(f"There is no file {path}.")
+    _existing_size(path)
     with _storage_errors(path, "read"), open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -488,7 +517,7 @@ def extract_archive(
         dest: The folder to be; must not exist or be empty.
         max_bytes: Most bytes that may come out in all; counted while they come, whatever the archive claims.
         max_files: Most members.
-        progress: Called as (what, members done, members in all; 0 for a tar, which doesn't say).
+        progress: Called as (what, files done, files in all; 0 for a tar, which doesn't say).
 
     Raises:
         MissingPathError: No such archive.
@@ -496,20 +525,36 @@ def extract_archive(
             are there twice, or more than the limits.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingPathError(f"There is no archive {path}.")
-    if zipfile.is_zipfile(path):
-        unpack = _extract_zip
-    elif tarfile.is_tarfile(path):
-        unpack = _extract_tar
-    else:
-        raise StorageError(f"{path} is neither a zip nor a tar archive, or is damaged.")
+    _existing_size(path)
+    unpack = _unpacker(path)
     with new_folder(dest) as building:
         try:
             unpack(path, _Unpacking(path, building, max_bytes, max_files, progress))
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        except AdaptKitError:
+            raise
+        except (*_DAMAGE, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's; bz2 and gzip have no number for a damaged stream
             raise StorageError(f"{path} can't be unpacked: {error}.") from error
     return Path(dest)
+
+
+# what the standard library raises on damaged archives, encrypted ones (RuntimeError) and unknown packing among it
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError,
+    LookupError, OverflowError,
+)  # fmt: skip
+
+
+def _unpacker(path: Path) -> Callable[[Path, _Unpacking], None]:
+    """How to unpack an archive; tar first, since a tar whose last member is a zip also looks like a zip."""
+    with _storage_errors(path, "read"):
+        with contextlib.suppress(*_DAMAGE):  # a gz file that is cut off early, for one
+            if tarfile.is_tarfile(path):
+                return _extract_tar
+        if zipfile.is_zipfile(path):
+            return _extract_zip
+    raise StorageError(f"{path} is neither a zip nor a tar archive, or is damaged.")
 
 
 @dataclass
@@ -547,6 +592,7 @@ class _Unpacking:
 def _extract_zip(path: Path, unpacking: _Unpacking) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        total = sum(not member.is_dir() for member in members)
         for member in members:
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise StorageError(f"{path} holds a link ({member.filename!r}), which isn't unpacked.")
@@ -555,7 +601,7 @@ def _extract_zip(path: Path, unpacking: _Unpacking) -> None:
                 target.mkdir(parents=True, exist_ok=True)
                 continue
             with archive.open(member) as source:
-                unpacking.copy(source, target, len(members))
+                unpacking.copy(source, target, total)
 
 
 def _extract_tar(path: Path, unpacking: _Unpacking) -> None:
@@ -575,6 +621,9 @@ def _extract_tar(path: Path, unpacking: _Unpacking) -> None:
                 raise StorageError(f"{path} is damaged at {member.name!r}.")
             with source:
                 unpacking.copy(source, target, 0)
+        for _ in range(_MOST_PADDING):  # to the end of the stream, where gzip and xz keep their checksums
+            if archive.fileobj is None or not archive.fileobj.read(_CHUNK):
+                break
 
 
 # --- places and locks ----------------------------------------------------------------------------------------------
@@ -601,7 +650,8 @@ def file_lock(path: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock(handle)
+        with _storage_errors(path):
+            _lock(handle)
         yield
     finally:
         os.close(handle)  # also gives the lock back
@@ -636,17 +686,18 @@ def _storage_errors(path: Path, verb: str = "written") -> Iterator[None]:
         raise StorageError(f"{path} can't be {verb}: {reason}.") from error
 
 
-def _existing_size(path: Path, max_bytes: int) -> int:
-    if not path.is_file():
-        raise MissingPathError(f"There is no file {path}.")
-    size = path.stat().st_size
-    if size > max_bytes:
+def _existing_size(path: Path, max_bytes: int | None = None) -> int:
+    with _storage_errors(path, "read"):
+        if not path.is_file():
+            raise MissingPathError(f"There is no file {path}.")
+        size = path.stat().st_size
+    if max_bytes is not None and size > max_bytes:
         raise StorageError(f"{path} has {size:,} bytes; at most {max_bytes:,} are accepted.")
     return size
 
 
 def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name[:64]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name[:48]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync(path: Path) -> None:

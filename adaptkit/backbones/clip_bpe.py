@@ -13,10 +13,11 @@ import importlib.util
 import string
 from collections.abc import Callable
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
-import regex
+import regex  # type: ignore[import-untyped]
 
 from adaptkit.errors import BackboneError
 
@@ -115,7 +116,7 @@ class ClipBpe:
         """Join the pair that was merged earliest in training, everywhere it occurs, until no known pair is left."""
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
-            pair = min(zip(pieces, pieces[1:], strict=False), key=lambda p: self._ranks.get(p, len(self._ranks)))
+            pair = min(pairwise(pieces), key=lambda p: self._ranks.get(p, len(self._ranks)))
             if pair not in self._ranks:
                 break
             joined, i = [], 0

@@ -6,6 +6,8 @@
     local-dir:FOLDER            the same layout in a folder
     transformers:ID_OR_FOLDER   CLIP, SigLIP, Chinese-CLIP, … and vision-only models of transformers
     timm:NAME_OR_FOLDER         image encoders without text
+
+A bare name is never taken for a folder.
 """
 
 from __future__ import annotations
@@ -77,20 +79,26 @@ def parse_backbone_name(name: str) -> BackboneName:
             example = "FOLDER" if scheme == "local-dir" else "NAME"
             raise BackboneError(f"Nothing follows {name!r}: write {scheme}:{example}.")
         return BackboneName(scheme, rest)
-    if os.path.isabs(name) or name.startswith(("./", "../", ".\\", "..\\", "~")) or Path(name).is_dir():
-        raise BackboneError(
-            f"{name!r} looks like a path. Write 'local-dir:{name}' for a folder in open_clip's layout,"
-            f" 'transformers:{name}' for one of transformers, or 'timm:{name}' for one of timm."
-        )
+    if os.path.isabs(name) or name in (".", "..") or name.startswith(("./", "../", ".\\", "..\\", "~")):
+        raise _looks_like_a_path(name)
     if colon:
         raise UnknownNameError.for_name("backbone scheme", scheme, SCHEMES, f"A name is SCHEME:NAME. {_LIST_HINT}")
     architecture, _, tag = name.partition("/")
     if "/" in tag or not architecture or name.endswith("/"):
+        if os.path.isdir(name):
+            raise _looks_like_a_path(name)
         raise BackboneError(
             f"{name!r} isn't ARCHITECTURE/TAG. Write 'hf-hub:{name}' for open_clip's layout on the Hugging Face hub, or"
             f" 'transformers:{name}' for that of transformers."
         )
     return BackboneName("open_clip", architecture, tag)
+
+
+def _looks_like_a_path(name: str) -> BackboneError:
+    return BackboneError(
+        f"{name!r} looks like a path. Write 'local-dir:{name}' for a folder in open_clip's layout,"
+        f" 'transformers:{name}' for one of transformers, or 'timm:{name}' for one of timm."
+    )
 
 
 def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
@@ -123,15 +131,25 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         "transformers": _load_transformers,
         "timm": _load_timm,
     }
-    backbone = loaders[parsed.scheme](parsed)
-    return backbone.to(_device(device))
+    place = _device(device)  # first: loading can take minutes
+    return loaders[parsed.scheme](parsed).to(place)
 
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"Unknown device {device!r}: it must be one of torch's, such as 'cpu' or 'cuda'.") from error
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BackboneError(
+            f"Unknown device {device!r}: it must be one of torch's, such as 'cpu' or 'cuda'."
+        ) from error
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise BackboneError(
+            f"Device {place} can't be used here ({reason:.200}): choose another, such as cpu."
+        ) from error
+    return place
 
 
 def _load_mini(name: BackboneName) -> DualEncoder:
@@ -153,8 +171,10 @@ def _load_open_clip(name: BackboneName) -> DualEncoder:
 
     known = open_clip.list_models()
     if name.identifier not in known:
+        if os.path.isdir(str(name)):
+            raise _looks_like_a_path(str(name))
         hub = f"For a model on the Hugging Face hub write 'hf-hub:{name}' or 'transformers:{name}'." if name.tag else ""
-        raise unknown_name("backbone", name.identifier, known, hub or _LIST_HINT)
+        raise unknown_name("backbone", name.identifier, [*known, "mini"], hub or _LIST_HINT)
     if not name.tag:
         warnings.warn(
             f"{name.identifier!r} names no weights, so they are random: for tests and benchmarks only. Write"
@@ -217,8 +237,10 @@ def _load_open_clip_repository(name: BackboneName) -> DualEncoder:
 
 
 def _check_open_clip_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise MissingPathError(f"There is no folder {str(folder)!r}. 'local-dir:' takes a folder in open_clip's layout.")
+    if not os.path.isdir(folder):  # unlike Path.is_dir, takes names that are too long
+        raise MissingPathError(
+            f"There is no folder {str(folder)!r}. 'local-dir:' takes a folder in open_clip's layout."
+        )
     if not (folder / "open_clip_config.json").is_file():
         scheme = "transformers" if (folder / "config.json").is_file() else ""
         advice = f" It has a config.json: try '{scheme}:{folder}'." if scheme else ""
@@ -250,4 +272,3 @@ def _load_timm(name: BackboneName) -> DualEncoder:
     from adaptkit.backbones.vision_only import load_timm
 
     return load_timm(str(name), name.identifier)
-

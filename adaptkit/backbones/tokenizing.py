@@ -71,9 +71,7 @@ class ClipTokenizer:
         clean: How texts are cleaned, as in `ClipBpe`.
     """
 
-    def __init__(
-        self, context_length: int = 77, pooling: Pooling = Pooling("argmax"), clean: str = "lower"
-    ) -> None:
+    def __init__(self, context_length: int = 77, pooling: Pooling = Pooling("argmax"), clean: str = "lower") -> None:
         self.bpe = ClipBpe(clean)
         self.context_length = context_length
         self.pooling = pooling

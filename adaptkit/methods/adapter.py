@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import adaptkit
+from adaptkit import __version__
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
 from adaptkit.config import from_mapping, to_mapping
@@ -104,7 +104,7 @@ def save_adapter(
     method, spec = model.method, model.backbone.spec
     config = AdapterConfig(
         SCHEMA_VERSION,
-        adaptkit.__version__,
+        __version__,
         method.name,
         to_mapping(method.config),
         method.fitted_names,

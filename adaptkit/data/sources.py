@@ -1,0 +1,1036 @@
+"""From a name or a path to a dataset, without code: embedded, folder, CSV, `split_zhou` JSON, CoOp's datasets by name.
+
+    digits, shapes, …        embedded, see adaptkit.data.synthetic
+    folder of class folders  with train/, val/ (or valid/, validation/) and test/ around them, or split here
+    file.csv                 columns path and label (or class_name), and split where there is one
+    file.json                shaped like CoOp's split_zhou_*.json
+    eurosat, dtd, …          CoOp's split file and folder layout under a data root
+
+An own split gives every class `round(0.5 n)` training and `round(0.2 n)` validation images (Python's round) and the
+rest for testing, drawn by a generator of the class's own from sorted file names: the same on every machine, and a class
+keeps its split when others are added. It is never comparable with published splits, and the dataset's notes say so. In
+very small classes training comes first, then testing: one image trains; of two or more at least one tests.
+
+Source: datasets sheet, sections 1-3 and 9.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adaptkit.data.images import IMAGE_SUFFIXES
+from adaptkit.data.splits import (
+    ArraySource,
+    Dataset,
+    FileSource,
+    ImageSource,
+    S,
+    Split,
+    TestSplit,
+    TorchSource,
+    TrainSplit,
+    ValSplit,
+    check_class_names,
+)
+from adaptkit.data.synthetic import DESCRIPTION_TEMPLATE, EMBEDDED, VERSION, is_embedded, load_embedded
+from adaptkit.data.templates import check_templates, display_name, templates_for
+from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageError, UnknownNameError
+from adaptkit.storage import check_relative, digest_file, read_json
+from adaptkit.types import ProgressCallback
+
+DATA_ROOT_VARIABLE = "ADAPTKIT_DATA_ROOT"
+TRAIN_SHARE, VAL_SHARE = 0.5, 0.2
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+_MAX_TABLE_BYTES = 256 * 2**20
+_LISTED = 5  # problems named in one message
+
+
+@dataclass(frozen=True)
+class CoopDataset:
+    """Where one of CoOp's datasets lies under the data root.
+
+    Args:
+        folder: Its folder.
+        json: The split file in it.
+        images: The folder in it that the split file's paths are relative to; "" for `folder` itself.
+        sha256: Digest of the published split file, where we know it.
+    """
+
+    folder: str
+    json: str
+    images: str = ""
+    sha256: str = ""
+
+    @property
+    def tree(self) -> str:
+        """What must lie under the data root, in words."""
+        images = f"{self.folder}/{self.images}/" if self.images else f"{self.folder}/"
+        return f"{self.folder}/{self.json} and the images it names in {images}"
+
+
+COOP_DATASETS: Mapping[str, CoopDataset] = MappingProxyType(
+    {
+        "caltech101": CoopDataset(
+            "caltech-101",
+            "split_zhou_Caltech101.json",
+            "101_ObjectCategories",
+            "52ce83205ff8ff8a1a18119aad6376120ae35c36e783a984bc560cbf10e73fa5",
+        ),
+        "dtd": CoopDataset(
+            "dtd",
+            "split_zhou_DescribableTextures.json",
+            "images",
+            "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38",
+        ),
+        "eurosat": CoopDataset(
+            "eurosat",
+            "split_zhou_EuroSAT.json",
+            "2750",
+            "541503a77d0b26b735d85ec7a3e672804fe0aa466c2e5f07da772cc6c0af8ad2",
+        ),
+        "food101": CoopDataset("food-101", "split_zhou_Food101.json", "images"),
+        "oxford_flowers": CoopDataset(
+            "oxford_flowers",
+            "split_zhou_OxfordFlowers.json",
+            "jpg",
+            "2f50c42fc1a17ca13c271cb4269b1347bdb43d2be672e34f74a4e4cbfbcca794",
+        ),
+        "oxford_pets": CoopDataset(
+            "oxford_pets",
+            "split_zhou_OxfordPets.json",
+            "images",
+            "d7f3ffe65b3919f95132e51422894ae18686b83c331fd8c0adcdc3dc2de6301e",
+        ),
+        "stanford_cars": CoopDataset(
+            "stanford_cars",
+            "split_zhou_StanfordCars.json",
+            "",
+            "40acee7aa65c8e4727a32d90e884b7c3f8960b523422317e163f7af65432959d",
+        ),
+        "sun397": CoopDataset("sun397", "split_zhou_SUN397.json", "SUN397"),
+        "ucf101": CoopDataset(
+            "ucf101",
+            "split_zhou_UCF101.json",
+            "UCF-101-midframes",
+            "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8",
+        ),
+    }
+)
+"""Those of CoOp's datasets that have a split file. Source: datasets sheet, sections 2 and 3."""
+
+_BY_FILE = {known.json: name for name, known in COOP_DATASETS.items()}
+_WITHOUT_JSON = ("imagenet", "fgvc_aircraft")  # in CoOp's suite, with index files of their own
+
+
+class Item(NamedTuple):
+    """One image of a list: path relative to the image folder, and label."""
+
+    path: str
+    label: int
+
+
+Lists = dict[str, list[Item]]
+"""Images by split ("train", "val", "test")."""
+
+_Parts = tuple[tuple[str, ...], np.ndarray, tuple[str, ...], ImageSource, np.ndarray]
+"""What a split is made of: ids, labels, class names, source, positions."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Image files that were found, before names and templates are settled."""
+
+    name: str
+    stored_names: tuple[str, ...]
+    lists: Lists
+    root: Path
+    trusted: bool
+    source: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def known_names() -> tuple[str, ...]:
+    """Every dataset name that `load_dataset` knows, sorted; folders and files are accepted beside them."""
+    return tuple(sorted((*EMBEDDED, *COOP_DATASETS)))
+
+
+def load_dataset(
+    name: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    templates: str | Iterable[str] | None = None,
+    display_names: Mapping[str, str] | str | Path | None = None,
+    image_root: str | Path | None = None,
+    seed: int = 0,
+    shots: int | None = None,
+) -> Dataset:
+    """Load a dataset by name or path; see the top of this file for what is accepted.
+
+    Image files are listed here and opened later: `check_dataset` opens them all.
+
+    Args:
+        name: A known name, a folder, a CSV or a JSON. A name wins over a folder that is called the same; write
+            "./digits" for the folder.
+        data_root: Folder that holds CoOp's datasets; $ADAPTKIT_DATA_ROOT by default.
+        templates: Prompt templates to use instead of the dataset's.
+        display_names: Stored class name to the name a text tower reads, or a JSON file with such an object. Names that
+            aren't in it are shown as stored, with spaces for underscores.
+        image_root: Folder that the paths in a CSV or JSON are relative to.
+        seed: Of an own split, and of the drawn datasets' pictures. `digits` and given splits don't depend on it.
+        shots: For own splits: where the 50/20/30 rule leaves a class fewer training images than this, this many are
+            kept for training if the class has more; at least one is left for testing. Given splits don't change.
+
+    Raises:
+        UnknownNameError: Neither a known name nor a path.
+        MissingPathError: A path, split file or image folder isn't there; the message says what is expected.
+        DataError: What is there can't be used.
+        ConfigError: A template without exactly one `{}`.
+        StorageError: A file can't be read, or names a path outside its folder.
+
+    Example:
+        >>> load_dataset("digits").splits["test"].counts()[:3]
+        [54, 55, 53]
+    """
+    text = os.fspath(name)
+    root = data_root or os.environ.get(DATA_ROOT_VARIABLE) or None
+    root = Path(root).expanduser() if root is not None else None
+    if isinstance(name, str) and is_embedded(name):
+        return _embedded(name, seed, templates, display_names)
+    if isinstance(name, str) and name in COOP_DATASETS:
+        found = _find_coop(name, root, image_root)
+    else:
+        path = _existing_path(text)
+        if path.is_dir():
+            found = _find_folder(path, seed, shots)
+        elif path.suffix.lower() == ".json":
+            found = _find_json(path, image_root, root)
+        elif path.suffix.lower() in (".csv", ".tsv"):
+            found = _find_csv(path, image_root, seed, shots)
+        else:
+            raise DataError(f"{path} is neither a folder, nor a .csv, nor a .json; give one of these as the dataset.")
+    return _dataset_of_files(found, templates, display_names)
+
+
+def _existing_path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if text and path.exists():
+        return path
+    if "/" in text or os.sep in text or path.suffix.lower() in (".json", ".csv", ".tsv"):
+        raise MissingPathError(f"There is no dataset at {text}: give a folder of class folders, a CSV or a JSON.")
+    hint = "A folder of class folders, a CSV or a split_zhou JSON is accepted too, and there is none of that name here."
+    if text.lower() in _WITHOUT_JSON:
+        hint = (
+            f"{text} has no split file and can't be read by name yet: give a folder of class folders, a CSV or a JSON."
+        )
+    raise UnknownNameError.for_name("dataset", text, known_names(), hint)
+
+
+def _embedded(
+    name: str, seed: int, templates: str | Iterable[str] | None, display_names: Mapping[str, str] | str | Path | None
+) -> Dataset:
+    drawn = load_embedded(name, seed)
+    shown = _display_names(drawn.class_names, display_names, name)
+    sources = {split: ArraySource(images) for split, images in drawn.images.items()}
+
+    def facts(split: str) -> _Parts:
+        return _positions(split, drawn.labels[split], shown, sources[split])
+
+    sentences = {
+        new: tuple(DESCRIPTION_TEMPLATE.format(name=new, description=phrase) for phrase in drawn.descriptions[old])
+        for old, new in zip(drawn.class_names, shown, strict=True)
+        if old in drawn.descriptions
+    }
+    source: dict[str, Any] = {"kind": "embedded", "version": VERSION} | ({} if name == "digits" else {"seed": seed})
+    return Dataset(
+        name,
+        shown,
+        TrainSplit(*facts("train")),
+        ValSplit(*facts("val")),
+        TestSplit(*facts("test")),
+        check_templates(drawn.templates if templates is None else templates),
+        sentences,
+        source,
+        ("embedded dataset, never to be compared with published figures",),
+        drawn.class_names,
+    )
+
+
+def _positions(split: str, labels: Any, class_names: tuple[str, ...], source: ImageSource) -> _Parts:
+    """What a split of images without file names is made of: all images of `source`, in order."""
+    ids = tuple(f"{split}/{index:05d}" for index in range(len(labels)))
+    return ids, np.asarray(labels, dtype=np.int64), class_names, source, np.arange(len(labels))
+
+
+def _dataset_of_files(
+    found: _Found,
+    templates: str | Iterable[str] | None,
+    display_names: Mapping[str, str] | str | Path | None,
+) -> Dataset:
+    shown = _display_names(found.stored_names, display_names, found.name)
+    everything = [item for split in ("train", "val", "test") for item in found.lists[split]]
+    files = FileSource(found.root, [item.path for item in everything], trusted=found.trusted)
+    start = 0
+
+    def facts(split: str) -> _Parts:
+        nonlocal start
+        items = found.lists[split]
+        positions = np.arange(start, start + len(items))
+        start += len(items)
+        labels = np.array([item.label for item in items], dtype=np.int64)
+        return tuple(item.path for item in items), labels, shown, files, positions
+
+    train, val, test = TrainSplit(*facts("train")), ValSplit(*facts("val")), TestSplit(*facts("test"))
+    return Dataset(
+        found.name,
+        shown,
+        train,
+        val if len(val) else None,
+        test,
+        check_templates(templates_for(found.name) if templates is None else templates),
+        {},
+        {**found.source, "image_root": os.fspath(found.root)},
+        tuple(found.notes + _list_notes(found)),
+        found.stored_names,
+    )
+
+
+def _list_notes(found: _Found) -> list[str]:
+    notes = [] if found.lists["test"] else ["there are no test images"]
+    without = len(found.stored_names) - len({item.label for item in found.lists["test"]})
+    if found.lists["test"] and without:
+        notes.append(f"{without} of {_many(len(found.stored_names), 'class')} without test images")
+    shared = _shared({split: [item.path for item in items] for split, items in found.lists.items()})
+    if shared:
+        notes.append(
+            f"{_many(len(shared), 'image')} in more than one split, so results are too good: {_first(list(shared))}"
+        )
+    return notes
+
+
+def _shared(ids: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """Names that are in more than one split, with the splits."""
+    places: dict[str, list[str]] = {}
+    for split, names in ids.items():
+        for name in dict.fromkeys(names):
+            places.setdefault(name, []).append(split)
+    return {name: tuple(splits) for name, splits in places.items() if len(splits) > 1}
+
+
+def _display_names(stored: Sequence[str], given: Mapping[str, str] | str | Path | None, where: str) -> tuple[str, ...]:
+    """The names to show, in label order.
+
+    Raises:
+        DataError: `given` isn't an object of names, names unknown classes, or two classes would be called the same.
+    """
+    if given is None:
+        mapping: Mapping[str, str] = {}
+    elif isinstance(given, (str, Path)):
+        mapping = read_json(given)
+    else:
+        mapping = given
+    if not isinstance(mapping, Mapping) or not all(isinstance(part, str) for pair in mapping.items() for part in pair):
+        raise DataError(f"Display names of {where} must be an object of stored name to display name, both texts.")
+    unknown = sorted(set(mapping) - set(stored))
+    if unknown:
+        raise DataError(
+            f"Display names are given for {_many(len(unknown), 'class')} that {where} hasn't ({_first(unknown)}); its"
+            f" classes are stored as {_first(stored)}."
+        )
+    shown = tuple(display_name(mapping.get(name, name)) for name in stored)
+    check_class_names(shown, where)
+    return shown
+
+
+# --- own splits ----------------------------------------------------------------------------------------------------
+
+
+def split_sizes(count: int, shots: int | None = None) -> tuple[int, int, int]:
+    """How many of a class's images train, validate and test in an own split.
+
+    Args:
+        count: The class's images, at least 1.
+        shots: Training images to keep where the class has more than that; None for the plain rule.
+
+    Example:
+        >>> split_sizes(10), split_sizes(3), split_sizes(6, shots=4)
+        ((5, 2, 3), (2, 0, 1), (4, 0, 2))
+    """
+    train, val = max(1, round(TRAIN_SHARE * count)), round(VAL_SHARE * count)
+    if shots is not None and train < shots < count:
+        train = shots
+        val = min(val, int((count - train) * VAL_SHARE / (1 - TRAIN_SHARE)))  # the rest in the rule's own proportion
+    if count > 1:
+        val = min(val, count - train - 1)  # at least one image tests
+    return train, val, count - train - val
+
+
+def _own_split(by_class: Mapping[str, Sequence[str]], seed: int, shots: int | None) -> tuple[Lists, list[str]]:
+    """Split paths by class name; labels follow the mapping's order.
+
+    Returns:
+        The lists, in path order within each class, and notes for the reader of results.
+    """
+    lists: Lists = {"train": [], "val": [], "test": []}
+    raised = 0
+    for label, (name, paths) in enumerate(by_class.items()):
+        ordered = sorted(paths)
+        shuffled = list(range(len(ordered)))
+        random.Random(f"{seed}/{name}").shuffle(shuffled)
+        train, val, test = split_sizes(len(ordered), shots)
+        raised += train > split_sizes(len(ordered))[0]
+        for split, start, size in (("train", 0, train), ("val", train, val), ("test", train + val, test)):
+            chosen = sorted(shuffled[start : start + size])
+            lists[split] += [Item(ordered[position], label) for position in chosen]
+    notes = [f"own split, not comparable with published ones: 50/20/30 per class, seed {seed}"]
+    if raised:
+        notes.append(
+            f"{_many(raised, 'class')} too small for {shots} shots under the 50/20/30 rule: {shots} images kept for"
+            " training, so the test images depend on the number of shots"
+        )
+    return lists, notes
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def _find_folder(path: Path, seed: int, shots: int | None) -> _Found:
+    name = Path(os.path.realpath(path)).name
+    splits = _split_folders(path)
+    source: dict[str, Any] = {"kind": "folder", "path": os.fspath(path)}
+    if splits:
+        lists, stored, notes = _read_split_folders(path, splits)
+        return _Found(name, stored, lists, path, True, source, notes)
+    by_class, notes = _read_classes(path, needs_images=True)
+    paths = {stored: [f"{stored}/{file}" for file in files] for stored, files in by_class.items()}
+    lists, split_notes = _own_split(paths, seed, shots)
+    return _Found(name, tuple(by_class), lists, path, True, source | {"split_seed": seed}, split_notes + notes)
+
+
+def _split_folders(path: Path) -> dict[str, str]:
+    """The sub-folders that are splits, {} where the folder holds classes: `train` beside `bus` is a class.
+
+    Raises:
+        DataError: Two folders for one split.
+    """
+    found: dict[str, str] = {}
+    for folder in _listing(path)[0]:
+        split = _SPLIT_NAMES.get(folder.lower())
+        if split and split in found:
+            raise DataError(f"{path} has two folders of {split} images, {found[split]}/ and {folder}/: keep one.")
+        if split:
+            found[split] = folder
+    return found if "train" in found and len(found) > 1 else {}
+
+
+def _read_split_folders(path: Path, splits: Mapping[str, str]) -> tuple[Lists, tuple[str, ...], list[str]]:
+    lists: Lists = {"train": [], "val": [], "test": []}
+    stored: tuple[str, ...] = ()
+    notes = []
+    for split in ("train", "val", "test"):
+        if split not in splits:
+            continue
+        folder = splits[split]
+        by_class, more = _read_classes(path / folder, needs_images=split == "train")
+        notes += more
+        if split == "train":
+            stored = tuple(by_class)
+        extra = [name for name in by_class if name not in stored]
+        if extra:
+            raise DataError(
+                f"{path / folder} has {_many(len(extra), 'class')} that {splits['train']}/ hasn't ({_first(extra)}):"
+                " every class needs training images."
+            )
+        for name, files in by_class.items():
+            lists[split] += [Item(f"{folder}/{name}/{file}", stored.index(name)) for file in files]
+    others = [name for name in _listing(path)[0] if name not in splits.values()]
+    if others:
+        notes.append(f"folders beside the splits aren't read: {_first(others)}")
+    return lists, stored, notes
+
+
+def _read_classes(path: Path, *, needs_images: bool) -> tuple[dict[str, list[str]], list[str]]:
+    """Image file names by class folder, both sorted, and notes on what was left out.
+
+    Raises:
+        DataError: No class folders, or (where `needs_images`) one without images.
+    """
+    folders, files = _listing(path)
+    if not folders:
+        loose = sum(map(_is_image, files))
+        held = f"it holds {_many(loose, 'image')} in none" if loose else "it is empty" if not files else "only files"
+        raise DataError(
+            f"{path} has no class folders ({held}): put the images of each class into a folder of its name."
+        )
+    by_class, unread, nested = {}, 0, 0
+    for folder in folders:
+        inner, names = _listing(path / folder)
+        by_class[folder] = [name for name in names if _is_image(name)]
+        unread += len(names) - len(by_class[folder])
+        nested += bool(inner)
+        if needs_images and not by_class[folder]:
+            raise DataError(_no_images(path, folder, inner, names))
+    notes = [f"{path.name}: {_many(unread, 'file')} without the suffix of an image left out"] if unread else []
+    if nested:
+        notes.append(f"{path.name}: sub-folders inside {_many(nested, 'class')} left out")
+    return by_class, notes
+
+
+def _no_images(path: Path, folder: str, inner: Sequence[str], files: Sequence[str]) -> str:
+    given = sorted(name.name for name in path.glob("*.json"))
+    if given:
+        return f"{path / folder} has no images; {path} holds {given[0]}: give that file as the dataset."
+    if inner:
+        return (
+            f"The class folder {path / folder} holds folders instead of images: images lie right inside class folders,"
+            " and splits are called train, val and test (a train folder needs a test or val folder beside it)."
+        )
+    what = f"{_many(len(files), 'file')} but no images" if files else "no images"
+    return f"The class folder {path / folder} has {what}: add some ({', '.join(IMAGE_SUFFIXES)}), or remove it."
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _listing(path: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder, sorted; hidden ones are left out.
+
+    Raises:
+        DataError: It is no folder, or can't be read.
+    """
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not entry.name.startswith((".", "__MACOSX")):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except NotADirectoryError as error:
+        raise DataError(f"{path} is a file, and a folder is expected there.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
+    return sorted(folders), sorted(files)
+
+
+# --- CSV -----------------------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """One line of a table: where it stands in the file, and its cells ("" where there is no such column)."""
+
+    where: str
+    path: str
+    label: str
+    class_name: str
+    split: str
+
+
+def _find_csv(path: Path, image_root: str | Path | None, seed: int, shots: int | None) -> _Found:
+    rows, columns = _read_table(path)
+    problems = _Problems(path)
+    for row in rows:
+        problems.check_path(row.where, row.path)
+        if not (row.class_name or row.label):
+            problems.add(row.where, "has no class")
+        if "split" in columns and row.split.lower() not in _SPLIT_NAMES:
+            problems.add(row.where, f"has the split {row.split!r}; train, val and test are accepted")
+    problems.stop()
+    stored, labels = _classes_of(rows, columns, problems)
+    for row, label in zip(rows, labels, strict=True):
+        problems.check_label_of(row.where, row.path, label)
+    problems.stop()
+    notes = []
+    if all(name.isdecimal() for name in stored):
+        notes.append("class names are numbers, which say nothing to a text tower: give display names")
+    source: dict[str, Any] = {"kind": "csv", "path": os.fspath(path)}
+    if "split" in columns:
+        lists: Lists = {"train": [], "val": [], "test": []}
+        for row, label in zip(rows, labels, strict=True):
+            lists[_SPLIT_NAMES[row.split.lower()]].append(Item(row.path, label))
+        problems.check_train(lists, stored)
+        problems.stop()
+    else:
+        by_class: dict[str, list[str]] = {name: [] for name in stored}
+        for row, label in zip(rows, labels, strict=True):
+            by_class[stored[label]].append(row.path)
+        lists, split_notes = _own_split(
+            {name: list(dict.fromkeys(paths)) for name, paths in by_class.items()}, seed, shots
+        )
+        notes, source = split_notes + notes, source | {"split_seed": seed}
+    return _Found(path.stem, stored, lists, _image_root(image_root) or path.parent, False, source, notes)
+
+
+def _read_table(path: Path) -> tuple[list[_Row], tuple[str, ...]]:
+    """A CSV's rows and its column names, in lower case. Commas, semicolons and tabs may separate the cells.
+
+    Raises:
+        DataError: Too large, not UTF-8, no header with `path` and `label` or `class_name`, no rows, or a short row.
+    """
+    if path.stat().st_size > _MAX_TABLE_BYTES:
+        raise DataError(f"{path} is too large: at most {_MAX_TABLE_BYTES:,} bytes are accepted.")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            lines = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
+            table = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if any(map(str.strip, line))]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} isn't UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} isn't a readable CSV: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
+    header = tuple(cell.lower() for cell in table[0][1]) if table else ()
+    if "path" not in header or not {"label", "class_name"} & set(header) or len(set(header)) != len(header):
+        shown = ", ".join(header) or "nothing"
+        raise DataError(
+            f"{path} has the header {shown}; 'path,label' or 'path,class_name' is needed, then maybe 'split'."
+        )
+    if len(table) < 2:
+        raise DataError(f"{path} has a header and no rows: add one row per image.")
+    rows = []
+    for number, cells in table[1:]:
+        if len(cells) != len(header):
+            raise DataError(f"{path}, line {number} has {len(cells)} cells, and the header has {len(header)}.")
+        named = dict(zip(header, cells, strict=True))
+        rows.append(_Row(f"line {number}", *(named.get(column, "") for column in _Row._fields[1:])))
+    return rows, header
+
+
+def _classes_of(rows: Sequence[_Row], columns: Sequence[str], problems: _Problems) -> tuple[tuple[str, ...], list[int]]:
+    """Stored class names and each row's label.
+
+    With both columns, `label` numbers the classes and `class_name` names them; with one, its distinct values are the
+    classes, sorted (as numbers where all are).
+    """
+    if "label" in columns and "class_name" in columns:
+        for row in rows:
+            problems.check_label(row.where, int(row.label) if row.label.isdecimal() else row.label, row.class_name)
+        stored = problems.class_names()
+        problems.stop()
+        return stored, [int(row.label) for row in rows]
+    values = [row.class_name or row.label for row in rows]
+    stored = tuple(sorted(set(values)))
+    if all(value.isdecimal() for value in stored):
+        stored = tuple(sorted(stored, key=int))
+    index = {name: label for label, name in enumerate(stored)}
+    return stored, [index[value] for value in values]
+
+
+# --- split_zhou JSON -----------------------------------------------------------------------------------------------
+
+
+def _find_coop(name: str, data_root: Path | None, image_root: str | Path | None) -> _Found:
+    known = COOP_DATASETS[name]
+    if data_root is None:
+        raise MissingPathError(
+            f"{name} needs a data root: give one, or set {DATA_ROOT_VARIABLE}, to the folder that holds {known.tree}."
+        )
+    path = data_root / known.folder / known.json
+    root = _image_root(image_root) or data_root / known.folder / known.images
+    if not path.is_file() or not root.is_dir():
+        missing = path if not path.is_file() else root
+        raise MissingPathError(f"There is no {missing}: under the data root {data_root}, {name} needs {known.tree}.")
+    return _find_json(path, root, data_root)
+
+
+def _find_json(path: Path, image_root: str | Path | None, data_root: Path | None) -> _Found:
+    lists, stored = read_split_json(path)
+    name = _BY_FILE.get(path.name, "")
+    notes = []
+    if name and COOP_DATASETS[name].sha256 and digest_file(path) != COOP_DATASETS[name].sha256:
+        notes.append(f"{path.name} isn't the published file: check the split before comparing with published figures")
+    root = _image_root(image_root) or _layout_root(path, name, data_root)
+    source: dict[str, Any] = {"kind": "json", "path": os.fspath(path)}
+    return _Found(name or path.stem, stored, lists, root, False, source, notes)
+
+
+def _image_root(given: str | Path | None) -> Path | None:
+    if given is None:
+        return None
+    root = Path(given).expanduser()
+    if not root.is_dir():
+        raise MissingPathError(
+            f"There is no image folder {root}: give the folder that the listed paths are relative to."
+        )
+    return root
+
+
+def _layout_root(path: Path, name: str, data_root: Path | None) -> Path:
+    """Where a JSON's images lie: CoOp's image folder beside a file of a known name, then the one under the data root,
+    else the JSON's own folder."""
+    known = COOP_DATASETS.get(name)
+    if known is None:
+        return path.parent
+    candidates = [path.parent / known.images] if known.images else []
+    if data_root is not None:
+        candidates.append(data_root / known.folder / known.images)
+    return next((folder for folder in candidates if folder.is_dir()), path.parent)
+
+
+def read_split_json(path: str | Path) -> tuple[Lists, tuple[str, ...]]:
+    """Read and check a JSON shaped like CoOp's split files.
+
+    Args:
+        path: A file with one object of exactly `train`, `val` and `test`, each a list of [path, label, class name];
+            `val` and `test` may be empty. Labels run from 0 without gaps, and each has one name and training images.
+
+    Returns:
+        The lists, in the file's order, and the stored class names by label.
+
+    Raises:
+        DataError: Anything else, all of it in one message.
+        MissingPathError: No such file.
+        StorageError: Not JSON, or too large.
+    """
+    path = Path(path)
+    content = read_json(path, _MAX_TABLE_BYTES)
+    problems = _Problems(path)
+    if not isinstance(content, dict) or set(content) != {"train", "val", "test"}:
+        held = ", ".join(map(repr, list(content)[:_LISTED])) if isinstance(content, dict) else type(content).__name__
+        raise DataError(
+            f"{path} holds {held or 'nothing'}; an object of exactly 'train', 'val' and 'test' is accepted."
+        )
+    lists: Lists = {"train": [], "val": [], "test": []}
+    for split in lists:
+        if not isinstance(content[split], list):
+            problems.add(split, f"is a {type(content[split]).__name__}, not a list")
+            continue
+        for number, entry in enumerate(content[split]):
+            item = problems.check_entry(f"{split}[{number}]", entry)
+            if item is not None:
+                lists[split].append(item)
+    stored = problems.class_names()
+    problems.check_train(lists, stored)
+    problems.stop()
+    return lists, stored
+
+
+class _Problems:
+    """Everything wrong with a list of images, collected, so that a file is repaired in one go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sentences: list[str] = []
+        self.names: dict[int, str] = {}
+        self.labels: dict[str, int] = {}
+
+    def add(self, where: str, what: str) -> None:
+        self.sentences.append(f"{where} {what}")
+
+    def stop(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            DataError: Anything was.
+        """
+        count = len(self.sentences)
+        if count:
+            listed = "; ".join(self.sentences[:_LISTED]) + ("; …" if count > _LISTED else "")
+            raise DataError(f"{self.path} has {_many(count, 'problem')}: {listed}.")
+
+    def check_path(self, where: str, path: str) -> bool:
+        try:
+            check_relative(path)
+        except StorageError as error:
+            self.add(where, f"isn't accepted ({str(error).rstrip('.')})")
+            return False
+        return True
+
+    def check_label(self, where: str, label: Any, name: Any) -> bool:
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
+            self.add(where, f"has the label {label!r}, not a whole number from 0")
+        elif not isinstance(name, str) or not name.strip():
+            self.add(where, f"has the class name {name!r}, not a text")
+        elif self.names.setdefault(label, name) != name:
+            self.add(where, f"calls label {label} {name!r}, and an earlier one {self.names[label]!r}")
+        else:
+            return True
+        return False
+
+    def check_label_of(self, where: str, path: str, label: int) -> None:
+        if self.labels.setdefault(path, label) != label:
+            self.add(where, f"gives {path!r} a second label")
+
+    def check_entry(self, where: str, entry: Any) -> Item | None:
+        if not isinstance(entry, list) or len(entry) != 3:
+            self.add(where, "isn't [path, label, class name]")
+            return None
+        path, label, name = entry
+        if not isinstance(path, str):
+            self.add(where, f"has the path {path!r}, not a text")
+            return None
+        if not self.check_path(where, path) or not self.check_label(where, label, name):
+            return None
+        self.check_label_of(where, path, label)
+        return Item(path, label)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The names by label; labels must run from 0 without gaps."""
+        labels = sorted(self.names)
+        if labels and labels != list(range(len(labels))):
+            missing = next(number for number, label in enumerate(labels) if number != label)
+            self.add("labels", f"run from {labels[0]} to {labels[-1]} without {missing}; 0, 1, 2, … is accepted")
+            return ()
+        return tuple(self.names[label] for label in labels)
+
+    def check_train(self, lists: Lists, stored: Sequence[str]) -> None:
+        trained = {item.label for item in lists["train"]}
+        without = [name for label, name in enumerate(stored) if label not in trained]
+        if not trained:
+            self.add("train", "has no images")
+        elif without:
+            self.add("train", f"has no images of {_many(len(without), 'class')} ({_first(without)})")
+
+
+def _many(count: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+
+
+# --- torch datasets ------------------------------------------------------------------------------------------------
+
+
+def from_torch_dataset(
+    train: Any,
+    test: Any = None,
+    val: Any = None,
+    *,
+    name: str = "torch-dataset",
+    classes: Sequence[str] | None = None,
+    templates: str | Iterable[str] | None = None,
+    display_names: Mapping[str, str] | str | Path | None = None,
+) -> Dataset:
+    """A dataset of torch datasets whose items are (image, label).
+
+    Images are PIL images, uint8 arrays or floats in [0, 1]. Give datasets without random transforms: an image that
+    changes each time it is read can't be stored or compared.
+
+    Args:
+        train: Training images, with `.classes`.
+        test: Test images; None for none.
+        val: Validation images; None for none. Never the test images.
+        name: What to call it. A registry name gives that dataset's templates.
+        classes: Class names by label, for datasets without `.classes` (such as a `Subset`).
+        templates: Prompt templates to use instead of the name's.
+        display_names: As for `load_dataset`.
+
+    Raises:
+        DataError: No class names, other classes in `val` or `test`, or labels that aren't their indices.
+    """
+    stored = _torch_classes(train, classes, "train")
+    for kind, given in (("val", val), ("test", test)):
+        if given is not None and getattr(given, "classes", None) is not None:
+            other = _torch_classes(given, classes, kind)
+            if other != stored:
+                raise DataError(
+                    f"The {kind} dataset of {name} has other classes than the train dataset; give the same."
+                )
+    shown = _display_names(stored, display_names, name)
+    sources = {
+        split: TorchSource(given, f"{name}/{split}")
+        for split, given in (("train", train), ("val", val), ("test", test))
+        if given is not None
+    }
+
+    def facts(split: str) -> _Parts:
+        if split not in sources:
+            return _positions(split, [], shown, sources["train"])
+        return _positions(split, _torch_labels(sources[split].dataset, split), shown, sources[split])
+
+    return Dataset(
+        name,
+        shown,
+        TrainSplit(*facts("train")),
+        ValSplit(*facts("val")) if val is not None else None,
+        TestSplit(*facts("test")),
+        check_templates(templates_for(name) if templates is None else templates),
+        {},
+        {"kind": "torch", "class": type(train).__name__},
+        () if test is not None else ("there are no test images",),
+        stored,
+    )
+
+
+def _torch_classes(dataset: Any, given: Sequence[str] | None, kind: str) -> tuple[str, ...]:
+    names = given if given is not None else getattr(dataset, "classes", None)
+    if names is None or isinstance(names, str):
+        raise DataError(f"The {kind} dataset has no class names in `.classes`: give them as `classes`.")
+    return tuple(str(name) for name in names)
+
+
+def _torch_labels(dataset: Any, kind: str) -> list[int]:
+    """Labels from `.targets` where they are there, else by reading every item."""
+    labels = getattr(dataset, "targets", None)
+    if labels is None or len(labels) != len(dataset):
+        labels = [dataset[index][1] for index in range(len(dataset))]
+    try:
+        return [int(label) for label in labels]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"The {kind} dataset has labels that aren't whole numbers ({error}).") from error
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `check_dataset` found.
+
+    Args:
+        name: The dataset's.
+        counts: Images by split and class name.
+        missing: Files that aren't there.
+        corrupt: (file, sentence) of images that can't be read.
+        duplicates: (name, splits) of images that are in more than one split.
+        fewest: (class name, training images) of the classes that have fewest, at most five.
+        images_opened: Whether every image was decoded, or only looked for.
+        problems: All of it in sentences; empty means that the dataset can be used.
+    """
+
+    name: str
+    counts: dict[str, dict[str, int]]
+    missing: list[str]
+    corrupt: list[tuple[str, str]]
+    duplicates: list[tuple[str, tuple[str, ...]]]
+    fewest: list[tuple[str, int]]
+    images_opened: bool
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def check_dataset(dataset: Dataset, *, images: bool = True, progress: ProgressCallback | None = None) -> DatasetReport:
+    """Look at every image of a dataset.
+
+    Args:
+        dataset: Any.
+        images: Decode every image; False only looks whether the files are there.
+        progress: Called as (what, images done, images in all).
+
+    Returns:
+        Counts and everything that is wrong; nothing is raised for a bad image.
+    """
+    missing: list[str] = []
+    corrupt: list[tuple[str, str]] = []
+    total, done = sum(map(len, dataset.splits.values())), 0
+    for split in dataset.splits.values():
+        for index in range(len(split)):
+            reason = _unreadable(split, index, images)
+            if isinstance(reason, MissingPathError):
+                missing.append(_place(split, index))
+            elif reason is not None:
+                corrupt.append((_place(split, index), str(reason)))
+            done += 1
+            if progress:
+                progress(f"checking {dataset.name}", done, total)
+    counts = {
+        kind: dict(zip(dataset.class_names, split.counts(), strict=True)) for kind, split in dataset.splits.items()
+    }
+    duplicates = list(_shared({kind: split.ids for kind, split in dataset.splits.items()}).items())
+    fewest = sorted(counts["train"].items(), key=lambda pair: pair[1])[:_LISTED]
+    problems = _report_problems(dataset, missing, corrupt, duplicates, counts)
+    return DatasetReport(dataset.name, counts, missing, corrupt, duplicates, fewest, images, problems)
+
+
+def _report_problems(
+    dataset: Dataset,
+    missing: Sequence[str],
+    corrupt: Sequence[tuple[str, str]],
+    duplicates: Sequence[tuple[str, tuple[str, ...]]],
+    counts: Mapping[str, Mapping[str, int]],
+) -> list[str]:
+    problems = []
+    if missing:
+        problems.append(f"{_many(len(missing), 'image file')} missing; the first: {missing[0]}")
+    if corrupt:
+        problems.append(f"{_many(len(corrupt), 'image')} can't be read; the first: {corrupt[0][1]}")
+    if duplicates:
+        name, splits = duplicates[0]
+        problems.append(
+            f"{_many(len(duplicates), 'image')} in more than one split; the first: {name} ({' and '.join(splits)})"
+        )
+    for kind in ("train", "test"):
+        without = [name for name, count in counts.get(kind, {}).items() if not count]
+        if without:
+            problems.append(f"{_many(len(without), 'class')} without {kind} images: {_first(without)}")
+    if "test" not in counts:
+        problems.append(f"{dataset.name} has no test images")
+    return problems
+
+
+def drop_unreadable(split: S, *, progress: ProgressCallback | None = None) -> tuple[S, list[tuple[str, str]]]:
+    """A split without the images that can't be read, and what was left out and why. Only ever on request.
+
+    Args:
+        split: Training or validation images. Test images stay: leaving some out would change the score.
+        progress: Called as (what, images done, images in all).
+
+    Returns:
+        The readable part, and (path, reason) of each image left out.
+
+    Raises:
+        DataError: A test split.
+    """
+    if isinstance(split, TestSplit):
+        raise DataError("Unreadable test images aren't skipped, because that would change the score: repair the files.")
+    kept: list[int] = []
+    dropped: list[tuple[str, str]] = []
+    for index in range(len(split)):
+        reason = _unreadable(split, index, True)
+        if reason is None:
+            kept.append(index)
+        else:
+            dropped.append((_place(split, index), str(reason)))
+        if progress:
+            progress(f"reading {split.kind} images", index + 1, len(split))
+    return split.subset(kept), dropped
+
+
+def _unreadable(split: Split, index: int, decode: bool) -> Exception | None:
+    """Why an image can't be read, or None."""
+    try:
+        if decode:
+            split.image(index)
+        else:
+            path = split.path(index)
+            if path is not None and not path.is_file():
+                return MissingPathError(f"There is no image file {path}.")
+    except (AdaptKitError, OSError) as error:  # the second from torch datasets that open files themselves
+        return error
+    return None
+
+
+def _place(split: Split, index: int) -> str:
+    """The image's path, its name where it has none or the path leads out of its folder."""
+    try:
+        path = split.path(index)
+    except StorageError:
+        path = None
+    return split.ids[index] if path is None else os.fspath(path)
