@@ -56,6 +56,17 @@ class NameList(click.ParamType):
         return names
 
 
+def one_dataset(argument: str | None, option: str | None) -> str:
+    """The dataset, given as the argument or as --dataset.
+
+    Raises:
+        click.UsageError: Neither or both were given.
+    """
+    if (argument is None) == (option is None):
+        raise click.UsageError("Name one dataset, as the argument or with --dataset, such as: --dataset digits.")
+    return str(argument if option is None else option)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
 backbone_option = click.option(
@@ -63,6 +74,20 @@ backbone_option = click.option(
     default="mini",
     show_default=True,
     help="mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:….",
+)
+engine_options = apply(
+    [
+        device_option,
+        click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images encoded at once."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="Of the frozen image encoder; bf16 is faster where the machine has it, and less exact.",
+        ),
+        click.option("--cache", type=click.Path(file_okay=False), help="Folder of stored features [default: adaptkit's]."),
+    ]
 )
 data_options = apply(
     [

@@ -208,7 +208,7 @@ def load_dataset(
 
     Example:
         >>> load_dataset("digits").splits["test"].counts()[:3]
-        [54, 55, 53]
+        [53, 55, 54]
     """
     text = os.fspath(name)
     root = data_root or os.environ.get(DATA_ROOT_VARIABLE) or None

@@ -176,8 +176,8 @@ def main(steps: int, text_from: float, batch_size: int, lr: float, seed: int, th
         optimiser.step()
         if step % 100 == 99:
             shown = " ".join(f"{name} {value:.2f}" for name, value in right.items())
-            line = f"step {step + 1}/{steps} {time.time() - began:.0f} s loss {float(loss):.3f} captions {float(contrast):.3f}"
-            history.append({"step": step + 1, "loss": float(loss), "captions": float(contrast), **right})
+            line = f"step {step + 1}/{steps} {time.time() - began:.0f} s loss {loss.item():.3f} captions {contrast.item():.3f}"
+            history.append({"step": step + 1, "loss": loss.item(), "captions": contrast.item(), **right})
             click.echo(f"{line} {shown}")
         if step % 1000 == 999 or step == steps - 1:
             save(model, out, {"steps": step + 1, "of": steps, "seconds": time.time() - began, "seed": seed, "lr": lr,

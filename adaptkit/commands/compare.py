@@ -1,0 +1,140 @@
+"""`adaptkit compare`: many methods on one task, ranked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.commands import _console as console
+from adaptkit.commands import _options, _runs
+
+if TYPE_CHECKING:
+    from adaptkit.evaluation.protocols import RunOutcome
+
+FAST_METHODS = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "clip-adapter")
+BEST = "best"
+
+
+@click.command("compare", short_help="many methods on one task, ranked")
+@click.argument("dataset_argument", metavar="[DATASET]", required=False)
+@click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument).")
+@click.option("--methods", "names", type=_options.NameList(), help=f"a,b,c [default: {','.join(FAST_METHODS)}].")
+@_options.backbone_option
+@_options.protocol_options
+@click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
+@click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
+@_options.data_options
+@_options.engine_options
+@_options.json_option
+def command(
+    dataset_argument: str | None,
+    dataset: str | None,
+    names: tuple[str, ...] | None,
+    backbone: str,
+    protocol: str,
+    shots: int,
+    seed: int,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    data_root: str | None,
+    templates: tuple[str, ...],
+    sampler: str,
+    allow_fewer: bool,
+    device: str,
+    batch_size: int,
+    precision: str,
+    cache: str | None,
+    as_json: bool,
+) -> None:
+    """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
+
+    Runs that are already in --out with the same settings aren't repeated. The best adapter is saved as OUT/best.
+
+    \b
+    Examples:
+      adaptkit compare my_photos --shots 4
+      adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,coop,maple
+    """
+    from adaptkit.methods import methods
+
+    chosen = names or FAST_METHODS
+    for name in chosen:
+        methods.entry(name)
+    data_name = _options.one_dataset(dataset_argument, dataset)
+    target = out or _runs.default_out(Path(data_name).name, "compare", f"{protocol}-{shots}shots-seed{seed}")
+    _runs.check_writable(target)
+
+    from adaptkit.backbones.load import load_backbone
+    from adaptkit.data.features import FeatureStore
+    from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+    from adaptkit.evaluation.results import is_done, read_run, write_run
+
+    data = _runs.load_data(data_name, data_root, templates, shots)
+    task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
+    model = load_backbone(backbone, device=device)
+    plans = [plan_run(name, model, task, overrides=overrides, precision=precision) for name in chosen]  # type: ignore[arg-type]
+    store, results = FeatureStore(cache), []
+    with console.progress_bars(not as_json) as progress:
+        for plan in plans:
+            folder = target / plan.method
+            if not overwrite and is_done(folder, plan.key):
+                results.append(read_run(folder))
+                continue
+            outcome: RunOutcome = run_method(plan, model, store=store, batch_size=batch_size, progress=progress)
+            write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
+            results.append(outcome.result)
+    ranked = rank(results)
+    best = next((result for result in ranked if result.key.method != "zero-shot"), ranked[0])
+    point_at_best(target, best.key.method)
+    if as_json:
+        console.print_json({"folder": str(target), "best": best.key.method, "runs": [_runs.summary(r) for r in ranked]})
+        return
+    show(ranked, _runs.settings_line(data.name, protocol, shots, seed, model.spec.name))
+    console.say(f"Best adapter ({best.key.method}) saved: adaptkit predict {target / BEST} IMAGE")
+
+
+def rank(results: list[Any]) -> list[Any]:
+    """Zero-shot first, as what the others must beat; then by H or accuracy, falling."""
+    first = [result for result in results if result.key.method == "zero-shot"]
+    others = [result for result in results if result.key.method != "zero-shot"]
+    return first + sorted(others, key=lambda result: -result.score)
+
+
+def show(ranked: list[Any], title: str) -> None:
+    """The ranked table, and what a reader of it should know."""
+    columns = ["", "method", *_runs.part_columns(ranked), "gain", "trained", "seconds"]
+    reference = next((result.score for result in ranked if result.key.method == "zero-shot"), None)
+    rows, place = [], 0
+    for result in ranked:
+        zero = result.key.method == "zero-shot"
+        place += not zero
+        gain = "" if reference is None or zero else f"{100 * (result.score - reference):+.1f}"
+        cells = ["–" if zero else str(place), result.key.method, *_runs.scores(result), gain]
+        rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
+    starred = any(part.fallback for result in ranked for part in result.parts)
+    note = "* zero-shot: the method has no answer of its own for novel classes" if starred else ""
+    console.print_table(title, columns, rows, left=["", "method"], note=note)
+    for warning in dict.fromkeys(warning for result in ranked for warning in result.warnings if ": zero-shot" not in warning):
+        console.say(f"note: {warning}")
+
+
+def point_at_best(target: Path, method: str) -> None:
+    """Make OUT/best a link to the best run; where links can't be made, a copy."""
+    import shutil
+
+    link, temporary = target / BEST, target / f".{BEST}-{os.getpid()}"
+    if link.is_symlink() or link.is_file():
+        link.unlink()
+    elif link.is_dir():
+        shutil.rmtree(link)
+    try:
+        temporary.symlink_to(method, target_is_directory=True)
+        temporary.replace(link)
+    except OSError:
+        shutil.copytree(target / method, link)

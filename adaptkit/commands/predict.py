@@ -1,0 +1,103 @@
+"""`adaptkit predict`: class names and probabilities for images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptkit.commands import _console as console
+from adaptkit.commands import _options
+from adaptkit.errors import DataError
+
+
+@click.command("predict", short_help="class names and probabilities for images")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="Classes shown per image.")
+@click.option("--backbone", help="Where the adapter's backbone lies now; it must be the same one.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out images that can't be read, and list them.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images encoded at once.")
+@_options.device_option
+@_options.json_option
+def command(
+    adapter: Path,
+    images: tuple[Path, ...],
+    top: int,
+    backbone: str | None,
+    skip_unreadable: bool,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Answer images with class names, using an adapter folder (or the folder of a run).
+
+    IMAGES are files or folders of images.
+
+    \b
+    Example:
+      adaptkit predict runs/first/best tests/images/seven.png
+    """
+    from adaptkit.backbones.load import load_backbone
+    from adaptkit.estimator import load
+
+    folder = adapter / "adapter" if (adapter / "adapter" / "adapter_config.json").is_file() else adapter
+    files = find_images(images)
+    given = None if backbone is None else load_backbone(backbone, device=device)
+    classifier = load(folder, given, device=device, batch_size=batch_size)
+    kept, skipped = readable(files) if skip_unreadable else (files, [])
+    if not kept:
+        raise DataError(f"None of the {len(files)} images can be read, the first being {files[0]}.")
+    labels = [str(label) for label in classifier.classes_]
+    answers: list[dict[str, Any]] = []
+    with console.progress_bars(not as_json and len(kept) > batch_size) as progress:
+        for start in range(0, len(kept), batch_size):
+            chunk = kept[start : start + batch_size]
+            for path, row in zip(chunk, classifier.predict_proba([str(path) for path in chunk]), strict=True):
+                order = row.argsort()[::-1][:top]
+                answers.append({"image": str(path), "classes": [[labels[i], float(row[i])] for i in order]})
+            progress("predicting", start + len(chunk), len(kept))
+    if as_json:
+        unreadable = [{"image": str(path), "why": why} for path, why in skipped]
+        console.print_json({"adapter": str(folder), "predictions": answers, "skipped": unreadable})
+        return
+    rows = [[item["image"], *(f"{name} {console.percent(p)} %" for name, p in item["classes"])] for item in answers]
+    width = len(answers[0]["classes"])
+    console.print_table("", ["image", *(f"{place}." for place in range(1, width + 1))], rows, left=["image"])
+    for _, why in skipped:
+        console.say(f"skipped: {why}")
+
+
+def find_images(paths: tuple[Path, ...]) -> list[Path]:
+    """Files as given, and the images below folders, sorted.
+
+    Raises:
+        DataError: A folder without images.
+    """
+    from adaptkit.data.images import IMAGE_SUFFIXES
+
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+        if not inside:
+            raise DataError(f"The folder {path} holds no images: give image files, or a folder with some.")
+        found += inside
+    return found
+
+
+def readable(files: list[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Files that can be read, and the others with the reason."""
+    from adaptkit.data.images import load_rgb
+
+    kept, skipped = [], []
+    for path in files:
+        try:
+            load_rgb(path)
+            kept.append(path)
+        except DataError as error:
+            skipped.append((path, str(error)))
+    return kept, skipped

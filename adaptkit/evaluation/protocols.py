@@ -1,0 +1,460 @@
+"""Protocols: from a dataset to a few-shot task with its test parts, and one method run on it.
+
+few-shot          all classes: shots of every class, the whole test split
+base-to-novel     shots drawn over all classes, trained on the first half of them; base and novel test images, each among
+                  its own half's names
+
+Source: protocols sheet, sections 1 and 2; datasets sheet, section 4.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.backbones.base import Backbone
+from adaptkit.config import to_mapping
+from adaptkit.data.base_to_novel import split_base_novel
+from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
+from adaptkit.data.few_shot import FewShot, sample_few_shot
+from adaptkit.data.splits import Dataset, Split, TestSplit, TrainSplit, ValSplit, require_split
+from adaptkit.errors import AdaptKitWarning, DataError, UnknownNameError
+from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
+from adaptkit.evaluation.recipes import PROTOCOLS, Recipe, Resolved, find_recipe, load_recipe, resolve
+from adaptkit.evaluation.results import (
+    SCHEMA_VERSION,
+    PartResult,
+    Predictions,
+    RunKey,
+    RunResult,
+    environment,
+    peak_memory_bytes,
+)
+from adaptkit.methods import methods
+from adaptkit.methods.adapter import AdaptedModel
+from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.training.loop import fit_method
+from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
+
+_TEST_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TestPart:
+    """Test images that are answered among one list of classes.
+
+    Args:
+        name: "all", "base" or "novel".
+        split: The images, labelled within `split.class_names`.
+        positions: Each image's position in the dataset's test split, int64 [n].
+    """
+
+    __test__ = False  # pytest would collect the name
+
+    name: str
+    split: TestSplit
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one seed makes of a dataset under a protocol.
+
+    Args:
+        dataset: The whole dataset.
+        protocol: One of `PROTOCOLS`.
+        few_shot: Which images were drawn.
+        train: The shots of the classes trained on.
+        val: Validation images of the same classes; empty where the dataset has none.
+        parts: What is tested.
+    """
+
+    dataset: Dataset
+    protocol: str
+    few_shot: FewShot
+    train: TrainSplit
+    val: ValSplit | None
+    parts: tuple[TestPart, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes trained on."""
+        return self.train.class_names
+
+    @property
+    def seed(self) -> int:
+        return self.few_shot.seed
+
+
+def make_task(
+    dataset: Dataset,
+    protocol: str = "few-shot",
+    shots: int = 16,
+    seed: int = 1,
+    sampler: str = "coop",
+    *,
+    allow_fewer: bool = False,
+) -> Task:
+    """Draw the shots and lay out what is tested.
+
+    Args:
+        dataset: Must have test images.
+        protocol: "few-shot" or "base-to-novel".
+        shots: Images per class.
+        seed: Seeds the draw; 0 is a seed like any other.
+        sampler: Whose draws (see `adaptkit.data.few_shot`).
+        allow_fewer: Accept classes with fewer images than shots.
+
+    Raises:
+        UnknownNameError: No such protocol or sampler.
+        DataError: No test images, or too few images for the shots.
+    """
+    if protocol not in PROTOCOLS:
+        raise UnknownNameError.for_name("protocol", protocol, PROTOCOLS)
+    test = require_split(dataset.test, TestSplit, "Testing")
+    if not len(test):
+        raise DataError(f"{dataset.name} has no test images: add a test split, or more images per class.")
+    drawn = sample_few_shot(dataset.train, dataset.val, shots, seed, sampler, allow_fewer=allow_fewer)
+    train = dataset.train.subset(drawn.train_indices)
+    val = dataset.val.subset(drawn.val_indices) if dataset.val is not None and len(drawn.val_indices) else None
+    if protocol == "few-shot":
+        return Task(dataset, protocol, drawn, train, val, (TestPart("all", test, np.arange(len(test))),))
+    base, novel = split_base_novel(train.labels, len(dataset.class_names))
+    parts = tuple(TestPart(half.name, half.restrict(test), half.indices(test.labels)) for half in (base, novel))
+    empty = [part.name for part in parts if not len(part.split)]
+    if empty:
+        raise DataError(f"{dataset.name} has no test images of its {empty[0]} classes.")
+    return Task(dataset, protocol, drawn, base.restrict(train), None if val is None else base.restrict(val), parts)
+
+
+# --- which recipe -----------------------------------------------------------------------------------------------------
+
+
+def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | None = None) -> Recipe | None:
+    """The recipe of a run: the one named, else "quick" for the embedded backbone and the paper's for any other.
+
+    Raises:
+        UnknownNameError: No such recipe.
+        ConfigError: The recipe is for another method or protocol.
+    """
+    if name is not None:
+        if name == "none":
+            return None
+        variant = f"{method}/{protocol}-{name}"
+        recipe = find_recipe(method, protocol, name) if "/" not in name and not name.endswith((".yaml", ".yml")) else None
+        recipe = recipe or load_recipe(variant if "/" not in name and not name.endswith((".yaml", ".yml")) else name)
+        recipe.check_fits(method, protocol)
+        return recipe
+    variant = "quick" if backbone.spec.family == "mini" else ""
+    return find_recipe(method, protocol, variant) or find_recipe(method, protocol)
+
+
+def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
+    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's."""
+    return recipe.templates if recipe is not None and recipe.template_use == "recipe" else task.dataset.templates
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run gives.
+
+    Args:
+        result: For `result.json`.
+        predictions: First choices on the test split, by part.
+        model: The adapted model.
+    """
+
+    result: RunResult
+    predictions: tuple[Predictions, ...]
+    model: AdaptedModel
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run before it happens: checked settings, and the key that names it.
+
+    Args:
+        method: Registered name.
+        task: What to run on.
+        recipe: Where the settings start from.
+        resolved: Settings with their origins.
+        key: Everything that changes the numbers.
+    """
+
+    method: str
+    task: Task
+    recipe: Recipe | None
+    resolved: Resolved
+    key: RunKey
+
+
+def plan_run(
+    method: str,
+    backbone: Backbone,
+    task: Task,
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    file: str | None = None,
+    precision: Precision = "fp32",
+) -> RunPlan:
+    """Check everything about a run that can be checked before any work starts.
+
+    Args:
+        method: Registered name.
+        backbone: Loaded.
+        task: From `make_task`.
+        recipe: A recipe's name, a variant ("csc"), a YAML file, "none" for the method's defaults; None chooses.
+        overrides: As after --set.
+        file: YAML file with settings.
+        precision: Of the frozen encoder.
+
+    Raises:
+        UnknownNameError: No such method or recipe.
+        ConfigError: Settings that can't be used, all in one message.
+    """
+    kind = methods.get(method)
+    chosen = choose_recipe(method, task.protocol, backbone, recipe)
+    resolved = resolve(kind, chosen, overrides, file=file, shots=task.few_shot.shots, dataset=task.dataset.name)
+    settings = {
+        "method": to_mapping(resolved.config),
+        "training": to_mapping(resolved.training) if kind.default_training is not None else {},
+        "templates": list(templates_of(task, chosen)),
+        "precision": precision,
+    }
+    key = RunKey(
+        method,
+        backbone.spec.name,
+        backbone.spec.digest,
+        task.dataset.name,
+        task.dataset.digest,
+        task.protocol,
+        task.few_shot.shots,
+        task.seed,
+        task.few_shot.sampler,
+        settings,
+    )
+    return RunPlan(method, task, chosen, resolved, key)
+
+
+def run_method(
+    plan: RunPlan,
+    backbone: Backbone,
+    *,
+    store: FeatureStore | None = None,
+    batch_size: int = 64,
+    progress: ProgressCallback | None = None,
+) -> RunOutcome:
+    """Fit a method on a task and test it.
+
+    Ctrl-C while it trains ends training early: what was learned is tested, and the result's warnings say so.
+
+    Args:
+        plan: From `plan_run`.
+        backbone: The one it was planned with.
+        store: Where frozen features are kept; None for the default store.
+        batch_size: Images encoded at once.
+        progress: Called as (what, done, total).
+    """
+    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AdaptKitWarning)
+        method = run.fit()
+        tested = [run.test(method, part) for part in plan.task.parts]
+    said = tuple(dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, AdaptKitWarning)))
+    parts = tuple(part for part, _ in tested)
+    result = run.result(method, parts, said)
+    return RunOutcome(result, tuple(predictions for _, predictions in tested), AdaptedModel(method))
+
+
+class _Run:
+    """One run: what its steps share, and the seconds each takes."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        backbone: Backbone,
+        store: FeatureStore,
+        batch_size: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.plan, self.backbone, self.store = plan, backbone, store
+        self.batch_size, self.progress = batch_size, progress
+        self.precision: Precision = plan.key.settings["precision"]
+        self.seconds: dict[str, float] = {}
+        self.encoded_before = store.encoded
+        self.report: dict[str, Any] = {}
+
+    def _timed(self, what: str, began: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
+
+    # --- fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Method:
+        task, resolved = self.plan.task, self.plan.resolved
+        method = methods.get(self.plan.method)(
+            self.backbone,
+            task.class_names,
+            templates=templates_of(task, self.plan.recipe),
+            config=resolved.config,
+            seed=task.seed,
+        )
+        began = time.perf_counter()
+        train = self._inputs(method, task.train, resolved.training)
+        val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))
+        self._timed("features", began)
+        began = time.perf_counter()
+        fit_task = FitTask(task.class_names, train, val, task.seed)
+        self.report = fit_method(method, fit_task, resolved.training, self.progress)
+        self._timed("fit", began)
+        return method
+
+    def _inputs(self, method: Method, split: Split, training: TrainingSettings) -> Inputs:
+        """What the method trains on, in its views."""
+        views = ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        if method.reads == "images":
+            return pixels_inputs(
+                self.backbone,
+                split,
+                views=training.views,
+                settings=views,
+                fresh=training.fresh_views,
+                batch_size=self.batch_size,
+                progress=self.progress,
+            )
+        if training.fresh_views and isinstance(method, GradientMethod):
+            return feature_inputs_fresh(
+                self.backbone, split, settings=views, batch_size=self.batch_size, precision=self.precision
+            )
+        return self.store.inputs(
+            self.backbone,
+            split,
+            views=training.views,
+            settings=views,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            precision=self.precision,
+        )
+
+    # --- testing ------------------------------------------------------------------------------------------------------
+
+    def test(self, method: Method, part: TestPart) -> tuple[PartResult, Predictions]:
+        method.set_classes(part.split.class_names)
+        logits = self._logits(method, part.split)
+        labels = part.split.labels
+        metrics = compute_metrics(logits, labels, len(part.split.class_names))
+        confidence = np.exp(log_softmax(logits).max(axis=1))
+        predicted = logits.argmax(axis=1)
+        fallback = method.uses_fallback
+        method.set_classes(method.fitted_names)
+        return _part_result(part, metrics, fallback), Predictions(part.name, part.positions, labels, predicted, confidence)
+
+    @torch.no_grad()
+    def _logits(self, method: Method, split: TestSplit) -> np.ndarray:
+        """Logits [n, classes] in fp32; features come from the store, which every method and seed shares."""
+        rows: list[Tensor] = []
+        began = time.perf_counter()
+        if method.reads == "images":
+            inputs = pixels_inputs(self.backbone, split, fresh=True, batch_size=self.batch_size)
+            size = self.batch_size
+        else:
+            inputs = self.store.inputs(
+                self.backbone, split, batch_size=self.batch_size, progress=self.progress, precision=self.precision
+            )
+            size = _TEST_BATCH
+            self._timed("features", began)
+            began = time.perf_counter()
+        for indices in torch.split(torch.arange(len(split)), size):
+            if self.progress is not None and method.reads == "images":
+                self.progress(f"{method.name}: testing", int(indices[0]), len(split))
+            rows.append(method(inputs.select(indices).to(self.backbone.device)).float().cpu())
+        self._timed("evaluate", began)
+        return torch.cat(rows).numpy()
+
+    # --- the record ---------------------------------------------------------------------------------------------------
+
+    def result(self, method: Method, parts: tuple[PartResult, ...], said: tuple[str, ...]) -> RunResult:
+        task, recipe, key = self.plan.task, self.plan.recipe, self.plan.key
+        by_name = {part.name: part.accuracy for part in parts}
+        h = harmonic_mean(by_name["base"], by_name["novel"]) if "novel" in by_name else None
+        state = method.adapter_state()
+        tuned_on = _tuned_on(recipe, self.report)
+        return RunResult(
+            schema_version=SCHEMA_VERSION,
+            key=key,
+            key_digest=key.digest,
+            parts=parts,
+            harmonic_mean=h,
+            trained_parameters=method.num_trained(),
+            adapter_bytes=sum(value.numel() * value.element_size() for value in state.values()),
+            seconds=self.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            images_encoded=self.store.encoded - self.encoded_before,
+            few_shot_digest=task.few_shot.digest,
+            class_names=task.class_names,
+            templates=method.templates,
+            recipe="" if recipe is None else recipe.name,
+            tuned_on=tuned_on,
+            origins=dict(self.plan.resolved.origins),
+            fit=_plain_report(self.report),
+            dataset=task.dataset.summary(),
+            warnings=(*task.dataset.notes, *task.few_shot.notes, *self._cautions(parts, tuned_on), *said),
+            environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
+        )
+
+    def _cautions(self, parts: Sequence[PartResult], tuned_on: str) -> list[str]:
+        cautions = [f"{part.name} classes: zero-shot, the method has no answer of its own" for part in parts if part.fallback]
+        if tuned_on in ("test", "per-dataset-config"):
+            cautions.append(f"settings were chosen on: {tuned_on}")
+        if self.report.get("interrupted"):
+            cautions.append(f"training was interrupted after {self.report.get('epochs')} epochs")
+        if self.report.get("why_not_searched"):
+            cautions.append(f"settings weren't searched: {self.report['why_not_searched']}")
+        return cautions
+
+
+def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
+    """"val" only where a search on validation images really took place."""
+    planned = "none" if recipe is None else recipe.tuned_on
+    if planned in ("test", "per-dataset-config"):
+        return planned
+    return "val" if report.get("searched") else "none"
+
+
+def _part_result(part: TestPart, metrics: Metrics, fallback: bool) -> PartResult:
+    return PartResult(
+        part.name,
+        metrics.num_classes,
+        metrics.correct,
+        metrics.total,
+        metrics.to_dict(),
+        metrics.per_class,
+        fallback,
+    )
+
+
+def _plain_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's report as plain JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return {key: plain(value) for key, value in report.items()}
+
+
