@@ -28,7 +28,7 @@ $(READY): pyproject.toml
 run: $(READY)  ## a real few-shot experiment on real images, with the embedded backbone
 	@$(BIN)/adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,linear-probe,tip-adapter,tip-adapter-f,clip-adapter,coop,maple --out runs/first
 	@echo && echo "Predict an image with the best adapter just saved:"
-	@echo "  $(BIN)/adaptkit predict runs/first/best tests/images/seven.png"
+	@echo "  $(BIN)/adaptkit predict runs/first/best tests/images/three.png"
 
 test: $(READY)  ## the tests
 	@$(BIN)/python -m pytest

@@ -396,7 +396,9 @@ def _check_image_array(array: NDArray[Any]) -> None:
     single = array.ndim == 3 and array.shape[-1] in (3, 4)
     if array.ndim not in (3, 4) or single:
         hint = " Write [image] for a single image." if single or array.ndim == 2 else ""
-        raise DataError(f"The array of images has shape {list(array.shape)}; [n, h, w, 3] or [n, h, w] is accepted.{hint}")
+        raise DataError(
+            f"The array of images has shape {list(array.shape)}; [n, h, w, 3] or [n, h, w] is accepted.{hint}"
+        )
 
 
 def _item(item: Any, position: int) -> Any:
@@ -442,7 +444,9 @@ def _class_folders(root: Path) -> tuple[list[Path], list[str]]:
         raise MissingPathError(f"There is no folder {root}: give a folder with one folder of images per class.")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise DataError(f"{root} has no folders in it: put the images of each class into a folder named like the class.")
+        raise DataError(
+            f"{root} has no folders in it: put the images of each class into a folder named like the class."
+        )
     paths, labels = [], []
     for folder in folders:
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

@@ -245,7 +245,10 @@ def _block_weights(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor
 
 def _open_image(model: Any, config: Any) -> ImageTower:
     kind, vision = config.model_type, config.vision_config
-    need(kind in CLIP_LIKE or kind in SIGLIP_LIKE, f"the image encoder of {kind!r} isn't a vision transformer of a known kind")
+    need(
+        kind in CLIP_LIKE or kind in SIGLIP_LIKE,
+        f"the image encoder of {kind!r} isn't a vision transformer of a known kind",
+    )
     siglip = kind in SIGLIP_LIKE
     need(not siglip or getattr(vision, "vision_use_head", True), "it has no pooling head")
     patch = square(vision.patch_size, kind)
@@ -378,7 +381,9 @@ def preprocessing_of(processor: Any, name: str) -> Preprocessing:
     mean, std = _mean_and_std(settings, name)
     size = dict(settings.get("size") or {})
     crop = settings.get("crop_size") if settings.get("do_center_crop") else None
-    side = None if crop is None else square([crop["height"], crop["width"]] if isinstance(crop, Mapping) else crop, name)
+    side = (
+        None if crop is None else square([crop["height"], crop["width"]] if isinstance(crop, Mapping) else crop, name)
+    )
     common = {"mean": mean, "std": std, "interpolation": _interpolation(settings, name)}
     if settings.get("crop_pct") is not None and set(size) == {"shortest_edge"}:  # ConvNeXt's own rule
         return _convnext(int(size["shortest_edge"]), float(settings["crop_pct"]), common)
@@ -406,7 +411,9 @@ def _interpolation(settings: Mapping[str, Any], name: str) -> Any:
     return "bilinear" if resample == 2 else "bicubic"
 
 
-def _mean_and_std(settings: Mapping[str, Any], name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _mean_and_std(
+    settings: Mapping[str, Any], name: str
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     if not settings.get("do_rescale", True):
         raise _unmappable(name, "it doesn't rescale pixel values")
     factor, offset = float(settings.get("rescale_factor", 1 / 255)), bool(settings.get("rescale_offset", False))

@@ -69,7 +69,9 @@ def load_timm(name: str, identifier: str) -> DualEncoder:
     elif path.is_absolute() or identifier.startswith(("./", "../", "~")):
         raise MissingPathError(f"There is no folder {identifier!r}. 'timm:' takes a folder, a name or hf-hub:ORG/REPO.")
     elif not identifier.startswith("hf-hub:") and not timm.is_model(identifier):
-        raise unknown_name("timm model", identifier, timm.list_models(), "'timm.list_models(pretrained=True)' lists them.")
+        raise unknown_name(
+            "timm model", identifier, timm.list_models(), "'timm.list_models(pretrained=True)' lists them."
+        )
     model = from_library(name, lambda: timm.create_model(identifier, pretrained=True, num_classes=0)).eval()
     settings = timm.data.resolve_model_data_config(model)
     return _image_only(name, "timm", _TimmFeatures(model), _timm_preprocessing(settings, name))
@@ -79,7 +81,11 @@ def _timm_preprocessing(settings: dict[str, Any], name: str) -> Preprocessing:
     """Timm's evaluation transform as ours."""
     side = square(settings["input_size"][1:], name)
     mode, interpolation = settings.get("crop_mode", "center"), settings.get("interpolation", "bicubic")
-    if mode not in ("center", "squash") or interpolation not in ("bicubic", "bilinear") or settings["input_size"][0] != 3:
+    if (
+        mode not in ("center", "squash")
+        or interpolation not in ("bicubic", "bilinear")
+        or settings["input_size"][0] != 3
+    ):
         raise BackboneError(
             f"The transform of {name!r} can't be followed: crop mode {mode!r}, interpolation {interpolation!r}. Supported:"
             " three channels; center or squash; bicubic or bilinear."

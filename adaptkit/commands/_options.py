@@ -78,7 +78,9 @@ backbone_option = click.option(
 engine_options = apply(
     [
         device_option,
-        click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images encoded at once."),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images encoded at once."
+        ),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16"]),
@@ -86,7 +88,9 @@ engine_options = apply(
             show_default=True,
             help="Of the frozen image encoder; bf16 is faster where the machine has it, and less exact.",
         ),
-        click.option("--cache", type=click.Path(file_okay=False), help="Folder of stored features [default: adaptkit's]."),
+        click.option(
+            "--cache", type=click.Path(file_okay=False), help="Folder of stored features [default: adaptkit's]."
+        ),
     ]
 )
 data_options = apply(
@@ -94,8 +98,10 @@ data_options = apply(
         click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders."),
         click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble."),
         click.option(
-            "--sampler", default="coop", show_default=True, help="How shots are drawn; which papers draw how is listed"
-            " in the documentation of adaptkit.data.few_shot."
+            "--sampler",
+            default="coop",
+            show_default=True,
+            help="How shots are drawn; which papers draw how is listed in the documentation of adaptkit.data.few_shot.",
         ),
         click.option("--allow-fewer", is_flag=True, help="Accept classes with fewer images than shots (reported)."),
     ]

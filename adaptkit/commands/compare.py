@@ -120,7 +120,9 @@ def show(ranked: list[Any], title: str) -> None:
     starred = any(part.fallback for result in ranked for part in result.parts)
     note = "* zero-shot: the method has no answer of its own for novel classes" if starred else ""
     console.print_table(title, columns, rows, left=["", "method"], note=note)
-    for warning in dict.fromkeys(warning for result in ranked for warning in result.warnings if ": zero-shot" not in warning):
+    for warning in dict.fromkeys(
+        warning for result in ranked for warning in result.warnings if ": zero-shot" not in warning
+    ):
         console.say(f"note: {warning}")
 
 

@@ -57,7 +57,9 @@ def check(dataset: str, data_root: str | None, quick: bool, as_json: bool) -> No
 @command.command("features")
 @click.option("--clear", is_flag=True, help="Delete stored features.")
 @click.option("--backbone", help="Only those of this backbone.")
-@click.option("--cache", type=click.Path(file_okay=False), help="The store's folder [default: adaptkit's cache folder].")
+@click.option(
+    "--cache", type=click.Path(file_okay=False), help="The store's folder [default: adaptkit's cache folder]."
+)
 @_options.json_option
 def features(clear: bool, backbone: str | None, cache: str | None, as_json: bool) -> None:
     """List the stored features, or clear them.
@@ -75,7 +77,10 @@ def features(clear: bool, backbone: str | None, cache: str | None, as_json: bool
     entries = [entry for entry in store.entries() if backbone in (None, entry.backbone, entry.digest)]
     if as_json:
         return console.print_json(
-            [{"backbone": e.backbone, "pool": e.pool, "view": e.view, "images": e.images, "bytes": e.bytes} for e in entries]
+            [
+                {"backbone": e.backbone, "pool": e.pool, "view": e.view, "images": e.images, "bytes": e.bytes}
+                for e in entries
+            ]
         )
     rows = [[e.backbone, e.pool[:60], str(e.view), console.count(e.images), f"{e.bytes / 2**20:.2f}"] for e in entries]
     total = sum(entry.bytes for entry in entries) / 2**20

@@ -14,7 +14,16 @@ from adaptkit import __version__
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options
 
-_REQUIRED = ("torch", "torchvision", "open_clip_torch", "transformers", "safetensors", "scikit-learn", "numpy", "pillow")
+_REQUIRED = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "transformers",
+    "safetensors",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+)
 _OPTIONAL = ("peft", "bitsandbytes", "matplotlib", "sentencepiece")
 
 

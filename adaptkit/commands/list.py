@@ -70,7 +70,9 @@ def _datasets(name: str | None, as_json: bool) -> None:
 
         rows = [[key, "embedded", text] for key, text in SUMMARIES.items()]
         rows += [[key, "on disk", f"expects {item.folder}/ below --data-root"] for key, item in COOP_DATASETS.items()]
-        return _print("Datasets (or a folder of class folders, a CSV, a split JSON)", ["name", "where", "what"], rows, as_json)
+        return _print(
+            "Datasets (or a folder of class folders, a CSV, a split JSON)", ["name", "where", "what"], rows, as_json
+        )
     from adaptkit.data.sources import load_dataset
     from adaptkit.data.templates import preview
 
@@ -79,7 +81,9 @@ def _datasets(name: str | None, as_json: bool) -> None:
     if as_json:
         return console.print_json({**facts, "class_names": list(dataset.class_names)})
     shown = {"classes": ", ".join(dataset.class_names[:30]), "images": facts["images"], "split digest": dataset.digest}
-    return console.print_facts(name, {**shown, "prompts": "\n".join(facts["prompts"]), "notes": "\n".join(dataset.notes)})
+    return console.print_facts(
+        name, {**shown, "prompts": "\n".join(facts["prompts"]), "notes": "\n".join(dataset.notes)}
+    )
 
 
 def _backbones(name: str | None, as_json: bool) -> None:
@@ -106,7 +110,10 @@ def _backbones(name: str | None, as_json: bool) -> None:
     rows += [
         ["hf-hub:ORG/REPO", "open_clip's layout on the Hugging Face hub"],
         ["local-dir:FOLDER", "the same layout in a folder"],
-        ["transformers:ID_OR_FOLDER", "CLIP, SigLIP, SigLIP 2, ALIGN, AltCLIP, Chinese-CLIP, MetaCLIP 2, DINOv2 of transformers"],
+        [
+            "transformers:ID_OR_FOLDER",
+            "CLIP, SigLIP, SigLIP 2, ALIGN, AltCLIP, Chinese-CLIP, MetaCLIP 2, DINOv2 of transformers",
+        ],
         ["timm:NAME_OR_FOLDER", "image encoders without text"],
     ]
     return _print("Backbones", ["name", "what"], rows, as_json)
@@ -117,7 +124,9 @@ def _recipes(name: str | None, as_json: bool) -> None:
 
     if name is None:
         found = [load_recipe(item) for item in list_recipes()]
-        rows = [[item.name, item.summary, "marked: " + item.tuned_on if item.marked else item.tuned_on] for item in found]
+        rows = [
+            [item.name, item.summary, "marked: " + item.tuned_on if item.marked else item.tuned_on] for item in found
+        ]
         return _print("Recipes", ["name", "what", "tuned on"], rows, as_json)
     from dataclasses import asdict
 

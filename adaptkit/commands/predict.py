@@ -37,7 +37,7 @@ def command(
 
     \b
     Example:
-      adaptkit predict runs/first/best tests/images/seven.png
+      adaptkit predict runs/first/best tests/images/three.png
     """
     from adaptkit.backbones.load import load_backbone
     from adaptkit.estimator import load

@@ -79,7 +79,12 @@ def command(
         console.print_json({**_runs.summary(result), "folder": str(target)})
         return
     columns = ["method", *_runs.part_columns([result]), "trained", "seconds"]
-    row = [method, *_runs.scores(result), console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"]
+    row = [
+        method,
+        *_runs.scores(result),
+        console.count(result.trained_parameters),
+        f"{sum(result.seconds.values()):.1f}",
+    ]
     console.print_table(
         _runs.settings_line(data.name, protocol, shots, seed, model.spec.name), columns, [row], left=["method"]
     )

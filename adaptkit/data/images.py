@@ -66,7 +66,7 @@ def load_rgb(source: str | Path | bytes | IO[bytes], *, max_pixels: int = MAX_PI
         DataError: Not an image, a truncated or damaged one, or one with more than `max_pixels`. The message has the path.
 
     Example:
-        >>> load_rgb("tests/images/seven.png").mode  # doctest: +SKIP
+        >>> load_rgb("tests/images/three.png").mode  # doctest: +SKIP
         'RGB'
     """
     if isinstance(source, (str, Path)):

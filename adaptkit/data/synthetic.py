@@ -178,7 +178,9 @@ def draw_textures(rng: np.random.Generator, kinds: Indices) -> Picture:
     warp = drawing.uniform(rng, 0.0, 0.30, n)
     u, v = u / scale + bend * warp, v / scale + bend * warp
     mask = drawing.by_kind(kinds, list(drawing.TEXTURES.values()), u, v, rough)
-    picture = drawing.paint(drawing.draw_ground(rng, np.where(flip, bright, dark), 0.2), mask, np.where(flip, dark, bright))
+    picture = drawing.paint(
+        drawing.draw_ground(rng, np.where(flip, bright, dark), 0.2), mask, np.where(flip, dark, bright)
+    )
     return drawing.light(rng, picture, 1.5)
 
 
@@ -332,7 +334,9 @@ def load_embedded(name: str, seed: int = 0) -> EmbeddedImages:
         images, labels = load_digit_splits()
     else:
         labels = {split: np.repeat(np.arange(len(class_names)), IMAGES_PER_CLASS[split]) for split in SPLITS}
-        images = {split: drawing.to_bytes(_draw(name, _generator(name, split, seed), labels[split])) for split in SPLITS}
+        images = {
+            split: drawing.to_bytes(_draw(name, _generator(name, split, seed), labels[split])) for split in SPLITS
+        }
     for array in (*images.values(), *labels.values()):
         array.flags.writeable = False
     known = species_attributes() if name == "species" else {}

@@ -148,7 +148,9 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
         if name == "none":
             return None
         variant = f"{method}/{protocol}-{name}"
-        recipe = find_recipe(method, protocol, name) if "/" not in name and not name.endswith((".yaml", ".yml")) else None
+        recipe = (
+            find_recipe(method, protocol, name) if "/" not in name and not name.endswith((".yaml", ".yml")) else None
+        )
         recipe = recipe or load_recipe(variant if "/" not in name and not name.endswith((".yaml", ".yml")) else name)
         recipe.check_fits(method, protocol)
         return recipe
@@ -357,7 +359,9 @@ class _Run:
         predicted = logits.argmax(axis=1)
         fallback = method.uses_fallback
         method.set_classes(method.fitted_names)
-        return _part_result(part, metrics, fallback), Predictions(part.name, part.positions, labels, predicted, confidence)
+        return _part_result(part, metrics, fallback), Predictions(
+            part.name, part.positions, labels, predicted, confidence
+        )
 
     @torch.no_grad()
     def _logits(self, method: Method, split: TestSplit) -> np.ndarray:
@@ -413,7 +417,9 @@ class _Run:
         )
 
     def _cautions(self, parts: Sequence[PartResult], tuned_on: str) -> list[str]:
-        cautions = [f"{part.name} classes: zero-shot, the method has no answer of its own" for part in parts if part.fallback]
+        cautions = [
+            f"{part.name} classes: zero-shot, the method has no answer of its own" for part in parts if part.fallback
+        ]
         if tuned_on in ("test", "per-dataset-config"):
             cautions.append(f"settings were chosen on: {tuned_on}")
         if self.report.get("interrupted"):
@@ -424,7 +430,7 @@ class _Run:
 
 
 def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
-    """"val" only where a search on validation images really took place."""
+    """ "val" only where a search on validation images really took place."""
     planned = "none" if recipe is None else recipe.tuned_on
     if planned in ("test", "per-dataset-config"):
         return planned
@@ -456,5 +462,3 @@ def _plain_report(report: Mapping[str, Any]) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return {key: plain(value) for key, value in report.items()}
-
-

@@ -54,7 +54,10 @@ class Trainee(nn.Module):
 
     def text(self, ids: Tensor) -> Tensor:
         """Features [n, embed] of ids [n, length], cut after the longest text's end; rows of trained tokens only."""
-        x = F.embedding(torch.searchsorted(self.rows, ids), self.embedding) + self.clip.positional_embedding[: ids.shape[1]]
+        x = (
+            F.embedding(torch.searchsorted(self.rows, ids), self.embedding)
+            + self.clip.positional_embedding[: ids.shape[1]]
+        )
         mask = torch.full((ids.shape[1],) * 2, -math.inf).triu(1)
         x = self.clip.ln_final(self.clip.transformer(x, attn_mask=mask))
         return x[torch.arange(len(x)), ids.argmax(dim=-1)] @ self.clip.text_projection

@@ -21,7 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 from adaptkit.data import drawing, synthetic
 from adaptkit.data.digits import DIGIT_NAMES
 
-GLYPHS = string.digits + string.ascii_uppercase + "abdefghnqrt"  # lower-case letters that don't look like their capitals
+GLYPHS = (
+    string.digits + string.ascii_uppercase + "abdefghnqrt"
+)  # lower-case letters that don't look like their capitals
 GLYPH_NAMES = [f"the digit {DIGIT_NAMES[int(g)]}" if g.isdigit() else f"the letter {g.lower()}" for g in GLYPHS]
 COLOUR_NAMES = tuple(drawing.COLOURS)
 CELL = 48
@@ -52,7 +54,9 @@ class Batch:
 def font_files() -> list[str]:
     """Printed fonts on this machine, sorted by name; symbol and handwriting fonts are left out."""
     roots = [Path("/usr/share/fonts"), Path.home() / ".fonts", Path(".fonts")]
-    files = sorted({p for root in roots if root.is_dir() for p in root.rglob("*") if p.suffix.lower() in (".ttf", ".otf")})
+    files = sorted(
+        {p for root in roots if root.is_dir() for p in root.rglob("*") if p.suffix.lower() in (".ttf", ".otf")}
+    )
     barred = ("symbol", "emoji", "icon", "math", "dingbat", "hand", "script", "braille", "music", "tex", "initials")
     chosen = [str(p) for p in files if not any(word in p.name.lower() for word in barred)]
     return [f for f in chosen if _covers(f)]
@@ -158,7 +162,9 @@ def _lowered(rng: np.random.Generator, masks: np.ndarray, share: float) -> np.nd
         rows = np.flatnonzero((which >= low * share) & (which < high * share))
         if len(rows):
             small = F.interpolate(planes[rows], size=(side, side), mode="area")
-            planes[rows] = F.interpolate(small, size=(drawing.SIZE,) * 2, mode="bicubic", align_corners=False).clamp(0, 1)
+            planes[rows] = F.interpolate(small, size=(drawing.SIZE,) * 2, mode="bicubic", align_corners=False).clamp(
+                0, 1
+            )
     return planes[:, 0].numpy()
 
 

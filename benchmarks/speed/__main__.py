@@ -18,7 +18,7 @@ from adaptkit.errors import AdaptKitError
 from adaptkit.storage import write_json
 from benchmarks.speed.commands import bench_run, bench_startup
 from benchmarks.speed.extraction import bench_extraction
-from benchmarks.speed.measure import Load, ProcessFailed, Row, machine_facts
+from benchmarks.speed.measure import Load, ProcessFailedError, Row, machine_facts
 from benchmarks.speed.table import HEADER, line
 from benchmarks.speed.training import bench_coop, bench_maple
 
@@ -51,7 +51,7 @@ def run_benchmarks(
             for row in BENCHMARKS[name](load, quick):
                 rows.append(row)
                 show(line(row, judged=not quick))
-        except (AdaptKitError, ProcessFailed) as error:
+        except (AdaptKitError, ProcessFailedError) as error:
             failed[name] = str(error)
             show(f"{name:<11}FAILED: {error}")
     return rows, failed

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.speed.measure import Load, Row, medians, run_process, time_in_turn
 
 STARTS = 10
-RUN = "run --method coop --dataset digits --protocol base-to-novel --shots 16".split()
+RUN = ["run", "--method", "coop", "--dataset", "digits", "--protocol", "base-to-novel", "--shots", "16"]
 
 
 def adaptkit_command(*arguments: str) -> list[str]:
@@ -22,7 +22,7 @@ def adaptkit_command(*arguments: str) -> list[str]:
 
 def bench_startup(load: Load, quick: bool) -> Iterator[Row]:
     """`adaptkit --help`, against a Python that imports torch (what it would cost at least if it wasn't lazy)."""
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         "ours": lambda: run_process(adaptkit_command("--help")),
         "plain": lambda: run_process([sys.executable, "-c", "import torch"]),
     }

@@ -47,7 +47,7 @@ def make_jpegs(folder: Path, count: int, seed: int = 0) -> TrainSplit:
 def bare(encode: Encode, pixels: Tensor) -> Tensor:
     """Features [n, dim] of ready pixels [n, 3, size, size], batch by batch, nothing else."""
     with torch.inference_mode():
-        return torch.cat([encode(batch) for batch in pixels.split(BATCH)])
+        return torch.cat([encode(batch) for batch in torch.split(pixels, BATCH)])
 
 
 def open_clip_encoder(name: str) -> Encode | None:

@@ -170,7 +170,7 @@ def _high_water() -> int:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-class ProcessFailed(RuntimeError):
+class ProcessFailedError(RuntimeError):
     """A process that a benchmark started ended with an error."""
 
 
@@ -178,19 +178,19 @@ def run_process(command: Sequence[str], *, extra: Mapping[str, str] | None = Non
     """Run a command at the repository's root with as many threads as this process has; gives what it printed.
 
     Raises:
-        ProcessFailed: It can't be started, runs for longer than `timeout` seconds, or ends with an error.
+        ProcessFailedError: It can't be started, runs for longer than `timeout` seconds, or ends with an error.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(extra or {})}
-    shown = " ".join(Path(part).name if part == sys.executable else part for part in command)[:120]
+    shown = " ".join([Path(command[0]).name, *command[1:]])[:120]
     try:
         done = subprocess.run(
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ProcessFailed(f"{shown}: {error}") from error
+        raise ProcessFailedError(f"{shown}: {error}") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        raise ProcessFailed(f"{shown}: exit code {done.returncode}: {last}")
+        raise ProcessFailedError(f"{shown}: exit code {done.returncode}: {last}")
     return done.stdout
 
 
@@ -233,6 +233,6 @@ def _commit() -> str:
     try:
         commit = run_process(["git", "rev-parse", "HEAD"]).strip()
         changed = run_process(["git", "status", "--porcelain", "--", "adaptkit", "benchmarks"]).strip()
-    except ProcessFailed:
+    except ProcessFailedError:
         return ""
     return commit + ("+" if changed else "")

@@ -36,14 +36,16 @@ def _activation(x: Tensor, kind: str) -> Tensor:
 def _attention(layer: Attention, x: Tensor, causal: bool) -> Tensor:
     """Tokens [rows, n, width] to tokens [rows, n, width]."""
     q, k, v = (
-        _linear(part, x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # [rows, heads, n, head_dim]
+        _linear(part, x).view(*x.shape[:2], layer.heads, -1).transpose(1, 2)  # [rows, heads, n, head_dim]
         for part in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return _linear(layer.out_proj, out.transpose(1, 2).flatten(2))
 
 
-def _block(block: Block, x: Tensor, causal: bool) -> Tensor:
+def _block(block: nn.Module, x: Tensor, causal: bool) -> Tensor:
+    if not isinstance(block, Block) or block.scale_1 is not None or block.scale_2 is not None:
+        raise UnsupportedError("The plain path knows the towers' own blocks only, and those without layer scale.")
     x = x + _attention(block.attn, _norm(block.ln_1, x), causal)
     hidden = _activation(_linear(block.fc1, _norm(block.ln_2, x)), block.activation)
     return x + _linear(block.fc2, hidden)
@@ -61,7 +63,12 @@ def plain_text(
         contexts: [M, width], put in the place of tokens `start` … `start` + M - 1.
         start: Where they begin.
         deep: Context vectors [M, width] put in the same place before later blocks.
+
+    Raises:
+        UnsupportedError: The tower has no causal mask, or layer scale.
     """
+    if not tower.causal:
+        raise UnsupportedError("The plain path is that of causal text towers, and this one has no causal mask.")
     behind = start + len(contexts)
     x = tower.token_embedding.weight[ids]  # [classes, 77, width]
     x = torch.cat([x[:, :start], contexts.expand(len(ids), -1, -1), x[:, behind:]], dim=1)
@@ -84,7 +91,7 @@ def plain_image(tower: ImageTower, pixels: Tensor, first: Tensor | None = None, 
         deep: What they are replaced by before later blocks.
 
     Raises:
-        UnsupportedError: The tower pools something else than its class token.
+        UnsupportedError: The tower pools something else than its class token, or has layer scale.
     """
     if tower.shape.pool != "class" or tower.class_embedding is None:
         raise UnsupportedError(f"The plain path pools a class token, and this tower pools {tower.shape.pool!r}.")

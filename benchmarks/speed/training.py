@@ -183,7 +183,7 @@ class MaPLeCase(Case):
 
     def plain_image_features(self) -> Tensor:
         first, *deeper = (
-            F.linear(context, coupling.weight, coupling.bias)
+            F.linear(context, coupling.get_parameter("weight"), coupling.get_parameter("bias"))
             for context, coupling in zip(self.method.contexts, self.method.couplings, strict=True)
         )
         return plain_image(self.image, self.pixels, first, dict(enumerate(deeper, start=1)))
@@ -193,6 +193,9 @@ class MaPLeCase(Case):
         deep = dict(enumerate(deeper, start=1))
         return plain_text(self.text, self.ids[rows], self.ends[rows], first, start=1, deep=deep)
 
+
+EAGER_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives memory back at once; else a step would hide in what loading the model left over."""
 
 CASES: dict[str, type[Case]] = {"coop": CoOpCase, "maple": MaPLeCase}
 
@@ -272,7 +275,7 @@ def peak_memory(name: str, backbone: str, sizes: Sizes, wanted: dict[int, float]
 def peak_in_child(name: str, backbone: str, side: str, classes: int, batch: int) -> int:
     """Bytes a step needs at its highest moment, above the loaded model; measured in a fresh process."""
     order = json.dumps({"name": name, "backbone": backbone, "side": side, "classes": classes, "batch": batch})
-    printed = run_process([sys.executable, "-W", "ignore", "-m", "benchmarks.speed.memory", order])
+    printed = run_process([sys.executable, "-W", "ignore", "-m", "benchmarks.speed.memory", order], extra=EAGER_MALLOC)
     return int(json.loads(printed.strip().splitlines()[-1])["bytes"])
 
 

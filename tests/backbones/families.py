@@ -135,7 +135,9 @@ def register_tiny_timm_models() -> None:
     size: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
     def adaptkit_tiny_siglip(pretrained: bool = False, **more: Any) -> nn.Module:
-        return VisionTransformer(**{**size, "class_token": False, "global_pool": "map", "norm_layer": _norm, **_own(more)})
+        return VisionTransformer(
+            **{**size, "class_token": False, "global_pool": "map", "norm_layer": _norm, **_own(more)}
+        )
 
     def adaptkit_tiny_eva(pretrained: bool = False, **more: Any) -> nn.Module:
         return Eva(**{**size, "mlp_ratio": 2.5, **_own(more)})
@@ -167,13 +169,20 @@ def save_open_clip(kind: str, folder: Path) -> Any:
 
     register_tiny_timm_models()
     config = OPEN_CLIP[kind]
-    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}
+    preprocess = {
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     if "hf_tokenizer_name" in config["text_cfg"]:
         word_tokenizer(start="", end="</s>", padding="<pad>").save_pretrained(folder)
     model = shake(open_clip.create_model(f"local-dir:{folder}"))
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     return model
 
 
@@ -263,5 +272,7 @@ def save_vision_only(kind: str, folder: Path) -> Any:
         hf.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875).save_pretrained(folder)
     else:
         size, crop = {"shortest_edge": 32}, {"height": 28, "width": 28}
-        hf.BitImageProcessor(size=size, crop_size=crop, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+        hf.BitImageProcessor(size=size, crop_size=crop, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+            folder
+        )
     return model

@@ -165,7 +165,11 @@ def test_vision_only_of_transformers(kind, tmp_path):
     assert backbone.spec.embed_dim == 32
     assert not backbone.has_text
     assert backbone.image_tower is None
-    for call in (lambda: backbone.tokenize(["a"]), lambda: backbone.text_features(["a"]), lambda: backbone.word_pieces("a")):
+    for call in (
+        lambda: backbone.tokenize(["a"]),
+        lambda: backbone.text_features(["a"]),
+        lambda: backbone.word_pieces("a"),
+    ):
         with pytest.raises(BackboneError, match="no text encoder"):
             call()
     with pytest.raises(BackboneError, match="MyMethod must reach inside the image tower"):
@@ -182,8 +186,18 @@ def test_timm_folder(tmp_path):
     register_tiny_timm_models()
     model = shake(timm.create_model("resnet10t", num_classes=5))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    data = {"input_size": [3, 64, 64], "crop_pct": 0.8, "interpolation": "bilinear", "mean": [0.4] * 3, "std": [0.3] * 3}
-    config = {"architecture": "resnet10t", "num_classes": 5, "pretrained_cfg": {**data, "num_classes": 5, "classifier": "fc"}}
+    data = {
+        "input_size": [3, 64, 64],
+        "crop_pct": 0.8,
+        "interpolation": "bilinear",
+        "mean": [0.4] * 3,
+        "std": [0.3] * 3,
+    }
+    config = {
+        "architecture": "resnet10t",
+        "num_classes": 5,
+        "pretrained_cfg": {**data, "num_classes": 5, "classifier": "fc"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     backbone = load_backbone(f"timm:{tmp_path}")
     image = pixels(64)

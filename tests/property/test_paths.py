@@ -1,5 +1,7 @@
 """Names from outside never lead out of their folder, whatever they are made of."""
 
+# ruff: noqa: PT017 - some of what is drawn is accepted, some is refused, and both are looked at
+
 from __future__ import annotations
 
 import io
@@ -66,7 +68,9 @@ def test_safe_join_never_leaves_the_folder(root, given_names):
 
 
 @settings(deadline=None, max_examples=300)
-@given(name=st.lists(st.text("abcü.-_ ", min_size=1, max_size=6).filter(lambda s: s.strip(". ")), min_size=1, max_size=4))
+@given(
+    name=st.lists(st.text("abcü.-_ ", min_size=1, max_size=6).filter(lambda s: s.strip(". ")), min_size=1, max_size=4)
+)
 def test_plain_names_are_always_accepted(root, name):
     joined = "/".join(name)
     if joined.startswith("~") or joined.split("/")[0] in ("in", "out", "up"):
@@ -95,8 +99,8 @@ def test_archives_never_write_outside_their_folder(members, kind):
             return  # the archive can't even be made
         try:
             extract_archive(base / "archive", base / "nest" / "out")
+            assert (base / "nest" / "out").is_dir()
             files = [path for path in (base / "nest" / "out").rglob("*") if path.is_file()]
-            assert files
             assert len(files) <= len(members)
         except StorageError:
             assert not (base / "nest" / "out").exists()

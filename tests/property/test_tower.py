@@ -292,7 +292,9 @@ def test_text_equals_the_plain_path(layout, depth, groups, kind, tiny_chunks, se
     ahead=st.booleans(),
     tiny_chunks=st.booleans(),
 )
-def test_tokens_inserted_behind_the_start_token_from_a_later_block_on(layout, first, count, dropped, ahead, tiny_chunks):
+def test_tokens_inserted_behind_the_start_token_from_a_later_block_on(
+    layout, first, count, dropped, ahead, tiny_chunks
+):
     """MMRL: inserted before block `first`, replaced before each later one, perhaps dropped before the last."""
     tower = CAUSAL
     tower.activation_bytes = 4e5 if tiny_chunks else 3e9
@@ -485,7 +487,9 @@ def test_the_last_block_computes_one_token_only():
     """The MLP of the last block sees one token per image, that of the others all of them."""
     tower = IMAGE_TOWERS["clip"]
     seen = []
-    hooks = [block.fc1.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1])) for block in tower.blocks]
+    hooks = [
+        block.fc1.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1])) for block in tower.blocks
+    ]
     tower(torch.zeros(2, 3, 8, 8))
     for hook in hooks:
         hook.remove()

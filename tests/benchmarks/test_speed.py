@@ -1,0 +1,245 @@
+"""The speed benchmarks on a tiny model: the plain path is the towers' equal, and what is written down is complete.
+
+No time is asserted anywhere: it depends on the machine and on who else uses it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from adaptkit.errors import ConfigError, UnsupportedError
+from adaptkit.storage import write_json
+from benchmarks.speed import __main__ as cli
+from benchmarks.speed.commands import adaptkit_command
+from benchmarks.speed.extraction import make_jpegs, measure_extraction
+from benchmarks.speed.measure import (
+    Difference,
+    ProcessFailedError,
+    Row,
+    machine_facts,
+    medians,
+    on_line,
+    peak_above,
+    run_process,
+    time_in_turn,
+)
+from benchmarks.speed.memory import one_step
+from benchmarks.speed.plain import plain_image, plain_text
+from benchmarks.speed.table import line, quantity
+from benchmarks.speed.training import CASES, CoOpCase, Sizes, class_names, compare, time_steps
+from tests.methods.tiny import DIM, image_only, tiny_clip
+
+SIZES = Sizes(classes=(2, 3, 5), most_plain=3, batch=2, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_clip()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_and_the_plain_path_give_the_same_step(name, backbone):
+    case = CASES[name](backbone, 5, 3)
+    ours, plain = case.our_step(), case.plain_step()
+    assert ours[0].shape == (3, 5)
+    assert len(plain[1]) == len(case.trained) == (1 if name == "coop" else 9)
+    assert all(float(gradient.abs().max()) > 0 for gradient in plain[1])
+    differences = compare(ours, plain)
+    assert set(differences) == {"logits", "gradient"}
+    assert all(difference.relative < 1e-5 for difference in differences.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_give_what_the_whole_gives(name, backbone):
+    case = CASES[name](backbone, 5, 3)
+    differences = compare(case.plain_step_in_pieces(2), case.plain_step())
+    assert all(difference.relative < 1e-5 for difference in differences.values())
+
+
+def test_a_wrong_gradient_is_seen(backbone):
+    case = CoOpCase(backbone, 4, 2)
+    logits, (gradient,) = case.our_step()
+    wrong = compare((logits, (gradient * 1.01,)), case.plain_step())
+    row = Row("coop", "x", "s", 1.0, differences=wrong)
+    assert wrong["logits"].relative < 1e-5
+    assert wrong["gradient"].relative > 1e-3
+    assert not row.same_numbers
+    assert "NUMBERS DIFFER" in line(row)
+
+
+def test_step_rows(backbone):
+    rows = list(time_steps("coop", backbone, SIZES, {3: 30.0}))
+    assert [row.extrapolated for row in rows] == [False, False, True]
+    assert [row.wanted_ratio for row in rows] == [None, 30.0, None]
+    assert [set(row.samples) for row in rows] == [{"ours", "plain"}, {"ours", "plain"}, {"ours"}]
+    assert all(row.same_numbers and set(row.differences) == {"logits", "gradient"} for row in rows)
+    two, three, five = (row.plain for row in rows)
+    assert five == pytest.approx(three + 2 * (three - two))
+    assert "2 and 3" in rows[2].note
+
+
+def test_class_names_are_distinct_and_spread():
+    assert len(set(class_names(1000))) == 1000
+    assert len(set(class_names(100))) == 100
+    assert class_names(10)[1] == class_names(100)[10]
+    with pytest.raises(ConfigError, match="1001 class names"):
+        class_names(1001)
+
+
+def test_the_plain_path_refuses_what_it_does_not_know(backbone):
+    tower = tiny_clip().image_tower
+    tower.blocks[0].scale_1 = torch.nn.Parameter(torch.ones(24))
+    with pytest.raises(UnsupportedError, match="layer scale"):
+        plain_image(tower, torch.zeros(1, 3, 16, 16))
+    text = tiny_clip().text_tower
+    object.__setattr__(text.shape, "causal", False)
+    with pytest.raises(UnsupportedError, match="causal"):
+        plain_text(text, torch.zeros(1, 77, dtype=torch.long), torch.tensor([3]), torch.zeros(1, 16), 1)
+
+
+# --- extraction -------------------------------------------------------------------------------------------------------
+
+
+def test_extraction_rows():
+    backbone = image_only()
+    rows = list(measure_extraction(backbone, 5, 1, library=backbone.encode_image))
+    assert [row.ratio is not None for row in rows] == [True] * 4
+    through, library, half, stored = rows
+    assert through.same_numbers
+    assert library.same_numbers
+    assert 0 < half.differences["features"].relative < 0.1
+    assert half.facts["smallest_cosine"] > 0.99
+    assert half.met is None
+    assert stored.case.startswith("features read")
+    assert len(list(measure_extraction(backbone, 2, 1, library=None))) == 3
+
+
+def test_jpegs_are_files_that_a_split_reads(tmp_path):
+    split = make_jpegs(tmp_path, 3)
+    assert [split.image(index).size for index in range(3)] == [(400, 300)] * 3
+    assert len({(tmp_path / name).read_bytes() for name in split.ids}) == 3
+    assert all(10_000 < (tmp_path / name).stat().st_size < 80_000 for name in split.ids)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_differences():
+    found = Difference.of_many(
+        [torch.tensor([1.0, 2.5]), torch.tensor([0.0])], [torch.tensor([1.0, 2.0]), torch.tensor([0.25])]
+    )
+    assert found == Difference(0.5, 1.0)  # the second array is off by all of itself
+    assert Difference.between(torch.zeros(2), torch.zeros(2)) == Difference(0.0, 0.0)
+
+
+def test_ratio_and_whether_it_is_met():
+    assert Row("x", "", "s", 2.0, 6.0, wanted_ratio=3.0).met is True
+    assert Row("x", "", "s", 2.0, 5.0, wanted_ratio=3.0).met is False
+    assert Row("x", "", "s", 2.0, wanted_most=1.0).met is False
+    assert Row("x", "", "s", 2.0, 6.0).met is None
+    assert Row("x", "", "s", 2.0).ratio is None
+
+
+def test_lines():
+    assert on_line({10: 2.0, 100: 11.0, 50: 6.0}, 1000) == pytest.approx(101.0)
+    assert on_line({4: 2.0}, 8) == pytest.approx(4.0)
+    shown = line(Row("coop", "step", "s", 0.5, 20.0, wanted_ratio=30.0, extrapolated=True, note="a note"))
+    assert all(part in shown for part in ("500 ms", "~20 s", "~40x", ">= 30x met", "a note"))
+    assert "MISSED" in line(Row("x", "", "s", 2.0, wanted_most=1.0))
+    assert "MISSED" not in line(Row("x", "", "s", 2.0, wanted_most=1.0), judged=False)
+    assert quantity(3 * 2**30, "bytes") == "3.00 GB"
+    assert quantity(3 * 2**20, "bytes") == "3 MB"
+
+
+def test_sides_take_turns():
+    order = []
+    samples = time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 3
+    assert {side: len(values) for side, values in samples.items()} == {"a": 3, "b": 3}
+    assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def test_peak_memory_sees_what_a_run_needs():
+    size = 2**28
+
+    def run():
+        return bytearray(size).count(1)  # touches every page
+
+    assert 0.9 * size < peak_above(run) < 1.5 * size
+    assert peak_above(lambda: None) < 0.1 * size
+
+
+def test_a_step_by_its_side(backbone):
+    case = CoOpCase(backbone, 3, 2)
+    torch.testing.assert_close(one_step(case, "ours"), one_step(case, "plain"), rtol=1e-4, atol=1e-5)
+
+
+def test_failing_processes_are_told():
+    assert run_process(adaptkit_command("--version")).startswith("adaptkit")
+    with pytest.raises(ProcessFailedError, match="exit code 2.*No such command"):
+        run_process(adaptkit_command("runn"))
+    with pytest.raises(ProcessFailedError, match="no-such-program"):
+        run_process(["no-such-program"])
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def two_benchmarks(monkeypatch, difference):
+    def good(load, quick):
+        assert load().spec.embed_dim == DIM
+        apart = {"logits": Difference(difference, difference)}
+        yield Row("good", "step", "s", 0.5, 20.0, differences=apart, samples={"ours": [0.5], "plain": [20.0]})
+
+    def bad(load, quick):
+        raise ProcessFailedError("it broke")
+        yield
+
+    monkeypatch.setattr(cli, "BENCHMARKS", {"good": good, "bad": bad})
+    monkeypatch.setattr(cli, "load_backbone", lambda name: tiny_clip())
+
+
+def test_report_and_exit(monkeypatch, tmp_path):
+    two_benchmarks(monkeypatch, 1e-6)
+    rows, failed = cli.run_benchmarks(["good", "bad"], tiny_clip, quick=True, show=lambda text: None)
+    assert failed == {"bad": "it broke"}
+    write_json(tmp_path / "x.json", cli.report(rows, failed, {"machine": machine_facts(), "quick": True}))
+    read = json.loads((tmp_path / "x.json").read_text())
+    assert read["schema"] == cli.SCHEMA
+    assert set(read) == {"schema", "machine", "quick", "rows", "failed"}
+    (row,) = read["rows"]
+    assert (row["ratio"], row["met"], row["same_numbers"]) == (40.0, None, True)
+    assert row["differences"] == {"logits": {"absolute": 1e-6, "relative": 1e-6}}
+    assert row["samples"] == {"ours": [0.5], "plain": [20.0]}
+    machine = read["machine"]
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["cores"] >= 1
+    assert machine["memory_bytes"] > 2**28
+    assert machine["versions"]["torch"]
+
+
+def test_the_program(monkeypatch, tmp_path):
+    def run(*arguments):
+        done = CliRunner().invoke(cli.main, [*arguments, "--out", str(tmp_path / "new" / "out.json")])
+        return done.exit_code, done.output, json.loads((tmp_path / "new" / "out.json").read_text())
+
+    monkeypatch.setattr(cli.main.params[0].type, "choices", ["good", "bad"])
+    two_benchmarks(monkeypatch, 1e-6)
+    code, shown, written = run("--only", "good")
+    assert (code, written["failed"], len(written["rows"])) == (0, {}, 1)
+    assert written["backbone"] == "ViT-B-16/random"
+    assert "40x" in shown
+    code, shown, written = run()
+    assert (code, written["failed"]) == (1, {"bad": "it broke"})
+    assert "FAILED: it broke" in shown
+    two_benchmarks(monkeypatch, 1e-2)
+    code, shown, written = run("--only", "good")
+    assert (code, written["rows"][0]["same_numbers"]) == (1, False)
+    assert "NUMBERS DIFFER" in shown
