@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptKitError, StorageError, TrainingError
+from adaptkit.errors import AdaptKitError, TrainingError
 
 _VERBS = {
     "run": "run one method on one task",
@@ -56,8 +56,10 @@ class LazyGroup(click.Group):
             raise BadInput(str(error), exit_code=1) from error
         except AdaptKitError as error:
             raise BadInput(str(error), exit_code=2) from error
-        except PermissionError as error:
-            raise BadInput(str(StorageError(f"No permission: {error.filename or error}.")), exit_code=2) from error
+        except OSError as error:
+            if error.filename is None:  # nothing a user named: a bug of ours, or a closed pipe
+                raise
+            raise BadInput(f"{error.filename} can't be used: {error.strerror or error}.", exit_code=2) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
