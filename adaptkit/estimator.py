@@ -1,16 +1,15 @@
 """`FewShotClassifier`: fit on a few labelled images, predict labels, as a scikit-learn estimator.
 
-It stands at the end of the arrows: everything it does is done by the rooms below it, and an adapter that it saves is the
-same folder that `adaptkit run` writes.
+It stands at the end of the arrows: everything it does is done by the rooms below it, and an adapter that it saves is
+the same folder that `adaptkit run` writes.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,8 +119,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
 
     def __sklearn_clone__(self) -> FewShotClassifier:
         """A clone shares a loaded backbone: it is frozen, and may be large."""
-        own = self.get_params(deep=False)
-        return type(self)(**{name: v if isinstance(v, Backbone) else copy.deepcopy(v) for name, v in own.items()})
+        own: dict[str, Any] = self.get_params(deep=False)
+        copies: dict[str, Any] = {k: v if isinstance(v, Backbone) else copy.deepcopy(v) for k, v in own.items()}
+        return type(self)(**copies)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -246,7 +246,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
     def to_module(self) -> AdaptedModel:
         """The adapted model: a plain `nn.Module` from preprocessed pixels [batch, 3, size, size] to logits."""
         check_is_fitted(self, "model_")
-        return cast(AdaptedModel, self.model_)
+        return self.model_
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write an adapter folder, which `adaptkit.load` and `adaptkit predict` read; it holds no backbone.

@@ -31,7 +31,8 @@ class Preprocessing:
         mean: Per-channel mean, for values in [0, 1].
         std: Per-channel standard deviation.
         interpolation: "bicubic" or "bilinear".
-        resize: "shortest" (shorter side to `resize_size`, then centre crop) or "squash" (both sides to the input's size).
+        resize: "shortest" (shorter side to `resize_size`, then centre crop) or "squash" (both sides to
+            the input's size).
         resize_size: Shorter side before the crop; None for `image_size`.
     """
 
@@ -174,4 +175,4 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         self._text_memo.clear()  # remembered features would stay on the old device or dtype
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from adaptkit.errors import BackboneError, UnknownNameError
 T = TypeVar("T")
 
 
-class Opaque(BackboneError):
+class Opaque(BackboneError):  # noqa: N818  # a state of the tower, not a failure
     """A tower can't be opened; the message is the reason, to stand behind "can't be opened: "."""
 
 
@@ -187,8 +187,9 @@ def _sentence(name: str, what: str, error: Exception) -> str:
     offline = any(sign in words for sign in _NETWORK_SIGNS)
     if offline:
         return (
-            f"The {what} of backbone {name!r} isn't on this machine and couldn't be downloaded (no network?): {reason[:200]}."
-            " Connect, or copy its folder here and write 'local-dir:FOLDER' or 'transformers:FOLDER'; 'mini' needs nothing."
+            f"The {what} of backbone {name!r} isn't on this machine and couldn't be downloaded (no network?):"
+            f" {reason[:200]}. Connect, or copy its folder here and write 'local-dir:FOLDER' or 'transformers:FOLDER';"
+            " 'mini' needs nothing."
         )
     return f"The {what} of backbone {name!r} couldn't be loaded: {reason[:400]}."
 

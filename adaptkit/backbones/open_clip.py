@@ -135,8 +135,8 @@ def dual_encoder_from_open_clip_state(
     unknown = (set(model_cfg) - _MODEL_KEYS) | (set(vision) - _VISION_KEYS) | (set(text) - _TEXT_KEYS)
     if unknown:
         raise BackboneError(
-            f"The model config of {name!r} has settings that a bare state dict can't follow: {', '.join(sorted(unknown))}."
-            " Load it through open_clip, as 'local-dir:FOLDER'."
+            f"The model config of {name!r} has settings that a bare state dict can't follow:"
+            f" {', '.join(sorted(unknown))}. Load it through open_clip, as 'local-dir:FOLDER'."
         )
     image_shape, text_shape = _shapes_from_config(model_cfg)
     pooling = _pooling(text.get("pool_type", "argmax"), text.get("eos_id", 2))
@@ -339,7 +339,7 @@ def _open_image(visual: Any) -> ImageTower:
         need(not layers or set(layers) == {"proj"}, "its head isn't one linear projection")
         projection = layers.get("proj")
         need(projection is None or isinstance(projection, nn.Linear), "its head isn't one linear projection")
-        return open_timm_vit(visual.trunk, projection)  # type: ignore[arg-type]  # checked in the line above
+        return open_timm_vit(visual.trunk, projection)
     need(kind == "VisionTransformer", f"{kind} isn't a vision transformer")
     need(visual.attn_pool is None, "it pools by attention with several queries (CoCa's head)")
     need(visual.pool_type in ("tok", "avg"), f"its pooling {visual.pool_type!r} isn't tok or avg")

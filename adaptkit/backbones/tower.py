@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ EMBEDDING = -1
 """Edit key: after the positional embedding is added and before the first normalisation."""
 
 VALUES_KEPT_PER_CHANNEL = 16
-"""What a block keeps of a token for the backward pass, in multiples of the width: inputs of norms, queries, keys, values,
-attention's output, and twice the MLP's inside."""
+"""What a block keeps of a token for the backward pass, in multiples of the width: inputs of norms, queries, keys,
+values, attention's output, and twice the MLP's inside."""
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 KeysValues = tuple[Tensor, Tensor]
@@ -229,8 +229,8 @@ def _check_depth(edits: Edits, first: int, layers: int) -> None:
     wrong = [index for index in edits if not first <= index < layers]
     if wrong:
         raise BackboneError(
-            f"Prompts were given for block {wrong[0]}, but this tower's blocks run from {max(first, 0)} to {layers - 1}:"
-            f" choose a depth of at most {layers}."
+            f"Prompts were given for block {wrong[0]}, but this tower's blocks run from {max(first, 0)} to"
+            f" {layers - 1}: choose a depth of at most {layers}."
         )
 
 
@@ -692,7 +692,7 @@ class TextTower(nn.Module):
     def _prefix_block(self, index: int, prefix: Tensor, last: bool) -> tuple[Tensor, KeysValues | None]:
         if not prefix.shape[1]:
             return prefix, None
-        block = self.blocks[index]
+        block = cast(Block, self.blocks[index])
         keys_values = block.keys_values(prefix)
         if last:  # nothing reads the prefix after the last block
             return prefix, keys_values
@@ -717,7 +717,7 @@ class TextTower(nn.Module):
     def _suffix_block(
         self, index: int, x: Tensor, state: TextState, packing: _Packing, shared: KeysValues | None
     ) -> Tensor:
-        """Packed tokens [groups, total, width] through one block; the last gives only pooled ones [groups, rows, width]."""
+        """Packed tokens [groups, total, width] through one block; the last gives only pooled ones [groups, rows, …]."""
         causal, select = self.causal, None
         mask = None if state.hidden is None else ~state.hidden[:, None, None]  # [rows, 1, 1, s]
         columns = torch.arange(packing.length, device=x.device)
@@ -733,7 +733,7 @@ class TextTower(nn.Module):
         elif causal and mask is not None:
             mask, causal = mask & (columns <= columns[:, None]), False  # [rows, 1, s, s]
         block = self.blocks[index]
-        return block(x, select=select, causal=causal, mask=mask, prefix=shared, packing=packing)  # type: ignore[no-any-return]
+        return block(x, select=select, causal=causal, mask=mask, prefix=shared, packing=packing)
 
 
 @dataclass(frozen=True)
@@ -785,7 +785,7 @@ def _make_packing(lengths: tuple[int, ...], length: int, device: torch.device) -
 
 
 def _put_contexts(x: Tensor, slots: Tensor, contexts: Tensor) -> Tensor:
-    """Put context vectors [groups, contexts, width] into tokens [groups, rows, n, width] where `slots` [rows, n] ≥ 0."""
+    """Put contexts [groups, contexts, width] into tokens [groups, rows, n, width] where `slots` [rows, n] ≥ 0."""
     if not slots.numel() or contexts.shape[1] == 0:
         return x
     picked = contexts[:, slots.clamp(min=0)]  # [groups, rows, n, width]

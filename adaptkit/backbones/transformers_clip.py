@@ -1,4 +1,5 @@
-"""CLIP-like models of the transformers library: CLIP, MetaCLIP 2 and SigLIP are opened, other text encoders stay opaque.
+"""CLIP-like models of the transformers library: CLIP, MetaCLIP 2 and SigLIP are opened, other text encoders stay
+opaque.
 
 Only safetensors are read and no code from a repository is ever run.
 
@@ -210,7 +211,7 @@ class _Texts(nn.Module):
         if not self.bert:
             pooled: Tensor = self.encoder(input_ids=ids).pooler_output
         else:
-            seen = (ids != self.padding).long()
+            seen = torch.ne(ids, -1 if self.padding is None else self.padding).long()
             pooled = self.encoder(input_ids=ids, attention_mask=seen).last_hidden_state[:, 0]
         features: Tensor = self.projection(pooled)  # [texts, embed_dim]
         return features
@@ -334,7 +335,7 @@ def _pooling(config: Any) -> Pooling:
     if kind == "clip" and end == 2:
         return Pooling("argmax")
     if kind in ("clip", "metaclip_2"):
-        return Pooling("token", int(end))
+        return Pooling("token", -1 if end is None else int(end))
     return Pooling("last" if kind in SIGLIP_LIKE else "first")
 
 
@@ -437,7 +438,7 @@ def _convnext(shortest: int, crop: float, common: dict[str, Any]) -> Preprocessi
 
 
 def _naflex_preprocessing(processor: Any, config: Any) -> Preprocessing:
-    """SigLIP 2 with flexible resolution, on the square grid its positions were made for (its own choice keeps the ratio)."""
+    """SigLIP 2 with flexible resolution, on the square grid of its positions (its own choice keeps the ratio)."""
     settings = processor.to_dict()
     mean, std = _mean_and_std(settings, config.model_type)
     side = int(config.vision_config.num_patches**0.5) * int(config.vision_config.patch_size)

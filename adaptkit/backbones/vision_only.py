@@ -1,4 +1,5 @@
-"""Image encoders without text (DINOv2, supervised ViTs, ConvNeXt, …), from timm and transformers. Their towers are opaque.
+"""Image encoders without text (DINOv2, supervised ViTs, ConvNeXt, …), from timm and transformers. Their towers are
+opaque.
 
 Methods that need no class names in words (linear probe, caches without text) work on them.
 
@@ -23,8 +24,8 @@ from adaptkit.errors import BackboneError, MissingPathError
 OPAQUE = "image-only backbones aren't opened"
 
 CLASS_TOKEN_TYPES = {"vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"}
-"""Transformers model types whose feature is the normalised class token. Their "pooler_output" may come from a layer that
-the checkpoint has no weights for."""
+"""Transformers model types whose feature is the normalised class token. Their "pooler_output" may come from a layer
+that the checkpoint has no weights for."""
 
 
 class _TimmFeatures(nn.Module):
@@ -87,8 +88,8 @@ def _timm_preprocessing(settings: dict[str, Any], name: str) -> Preprocessing:
         or settings["input_size"][0] != 3
     ):
         raise BackboneError(
-            f"The transform of {name!r} can't be followed: crop mode {mode!r}, interpolation {interpolation!r}. Supported:"
-            " three channels; center or squash; bicubic or bilinear."
+            f"The transform of {name!r} can't be followed: crop mode {mode!r}, interpolation {interpolation!r}."
+            " Supported: three channels; center or squash; bicubic or bilinear."
         )
     before = math.floor(side / float(settings.get("crop_pct") or 1.0))
     return Preprocessing(

@@ -21,7 +21,7 @@ def apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
-class IntList(click.ParamType):
+class IntList(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
     """Whole numbers separated by commas, or a range: "1,2,3" or "1-3"."""
 
     name = "numbers"
@@ -42,7 +42,7 @@ class IntList(click.ParamType):
         return numbers
 
 
-class NameList(click.ParamType):
+class NameList(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Names separated by commas."""
 
     name = "names"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,12 @@ import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
+from adaptkit.errors import DataError, StorageError
+from adaptkit.storage import new_folder
 
 if TYPE_CHECKING:
     from adaptkit.evaluation.protocols import RunOutcome
+    from adaptkit.evaluation.results import RunKey
 
 FAST_METHODS = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "clip-adapter")
 BEST = "best"
@@ -63,7 +67,7 @@ def command(
     """
     from adaptkit.methods import methods
 
-    chosen = names or FAST_METHODS
+    chosen = tuple(dict.fromkeys(names or FAST_METHODS))
     for name in chosen:
         methods.entry(name)
     data_name = _options.one_dataset(dataset_argument, dataset)
@@ -73,12 +77,18 @@ def command(
     from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+    from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
 
     data = _runs.load_data(data_name, data_root, templates, shots)
     task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
     model = load_backbone(backbone, device=device)
-    plans = [plan_run(name, model, task, overrides=overrides, precision=precision) for name in chosen]  # type: ignore[arg-type]
+    shares = share_overrides([methods.get(name) for name in chosen], overrides)
+    plans = [
+        plan_run(name, model, task, overrides=share, precision=precision)  # type: ignore[arg-type]
+        for name, share in zip(chosen, shares, strict=True)
+    ]
+    check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
     store, results = FeatureStore(cache), []
     with console.progress_bars(not as_json) as progress:
         for plan in plans:
@@ -89,6 +99,8 @@ def command(
             outcome: RunOutcome = run_method(plan, model, store=store, batch_size=batch_size, progress=progress)
             write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
             results.append(outcome.result)
+            if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
+                break
     ranked = rank(results)
     best = next((result for result in ranked if result.key.method != "zero-shot"), ranked[0])
     point_at_best(target, best.key.method)
@@ -126,17 +138,44 @@ def show(ranked: list[Any], title: str) -> None:
         console.say(f"note: {warning}")
 
 
+def check_replaceable(target: Path, keys: Mapping[str, RunKey], overwrite: bool) -> None:
+    """Refuse, before any work, to delete what isn't a run of ours, or (unless asked to) one with other settings.
+
+    A run that can't be read may be replaced: it is of no use.
+
+    Raises:
+        StorageError: Something else lies where a result is to be written.
+    """
+    from adaptkit.evaluation.results import RESULT_FILE, read_run
+
+    for folder in (target / BEST, *(target / method for method in keys)):
+        occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        if occupied and not (folder / RESULT_FILE).is_file():
+            raise StorageError(f"{folder} holds something else than a run, which would be lost: choose another --out.")
+        if overwrite or not occupied or folder.name not in keys:
+            continue
+        try:
+            found = read_run(folder).key
+        except DataError:
+            continue
+        if found.digest != keys[folder.name].digest:
+            raise StorageError(
+                f"{folder} holds a run with other settings or data: choose another --out, or say --overwrite."
+            )
+
+
 def point_at_best(target: Path, method: str) -> None:
     """Make OUT/best a link to the best run; where links can't be made, a copy."""
     import shutil
 
     link, temporary = target / BEST, target / f".{BEST}-{os.getpid()}"
-    if link.is_symlink() or link.is_file():
-        link.unlink()
-    elif link.is_dir():
-        shutil.rmtree(link)
     try:
         temporary.symlink_to(method, target_is_directory=True)
         temporary.replace(link)
-    except OSError:
-        shutil.copytree(target / method, link)
+        return
+    except OSError:  # a system without links, or a copy made on one
+        temporary.unlink(missing_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    with new_folder(link, overwrite=True) as building:
+        shutil.copytree(target / method, building, dirs_exist_ok=True)

@@ -47,11 +47,13 @@ def check(dataset: str, data_root: str | None, quick: bool, as_json: bool) -> No
         console.print_facts(found.name, {**facts, "prompts": "\n".join(preview(found, 3))})
         for note in found.notes:
             console.say(f"note: {note}")
-        console.say("Everything can be used." if not report.problems else "")
+        if not report.problems:
+            console.say("Everything can be used.")
     if report.problems:
         shown = report.problems[:20]
         more = f" … and {len(report.problems) - 20} more." if len(report.problems) > 20 else ""
-        raise DataError(f"{found.name} has {len(report.problems)} problems: " + " ".join(shown) + more)
+        count = f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
+        raise DataError(f"{found.name} has {count}: " + " ".join(shown) + more)
 
 
 @command.command("features")

@@ -26,7 +26,7 @@ class BadInput(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance as well
 
 
 class LazyGroup(click.Group):

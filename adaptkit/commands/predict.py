@@ -82,7 +82,7 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+        inside = sorted(p for p in path.rglob("[!.]*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
         if not inside:
             raise DataError(f"The folder {path} holds no images: give image files, or a folder with some.")
         found += inside

@@ -3,11 +3,12 @@
 The pictures are 8x8 with 17 grey levels. They are enlarged four times with cubic (Catmull-Rom) interpolation, edges
 repeated, clipped to 0..255: smooth strokes, no new detail.
 
-The split gives every class `round(0.5 n)` images for training and `round(0.2 n)` for validation (Python's round, half to
-even), the rest for testing: the 50/20/30 rule that the few-shot literature uses where a dataset has no split of its own.
-Within a class, order is shuffled by `random.Random(0)`, so the split never changes.
+The split gives every class `round(0.5 n)` images for training and `round(0.2 n)` for validation (Python's round, half
+to even), the rest for testing: the 50/20/30 rule that the few-shot literature uses where a dataset has no split of its
+own. Within a class, order is shuffled by `random.Random(0)`, so the split never changes.
 
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998), as sklearn.datasets.load_digits.
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998), as
+sklearn.datasets.load_digits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Drawing small pictures with numpy: signed distances, patterns, textures, creatures, light.
 
-Everything works on batches. A shape is a signed distance in its own coordinates (negative inside, the unit square around
-it), so that one clipped ramp gives its coverage, with smooth edges and no supersampling. `adaptkit.data.synthetic` turns
-these pieces into datasets; `benchmarks/pretrain_mini` draws its training stream with them.
+Everything works on batches. A shape is a signed distance in its own coordinates (negative inside, the unit square
+around
+it), so that one clipped ramp gives its coverage, with smooth edges and no supersampling. `adaptkit.data.synthetic`
+turns these pieces into datasets; `benchmarks/pretrain_mini` draws its training stream with them.
 
 Shapes used throughout: n pictures of SIZE x SIZE pixels; "plane" is float32 [n, SIZE, SIZE], "picture" float32
 [n, SIZE, SIZE, 3] in 0..1.
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]
-Picture = NDArray[np.float32]
+Plane = NDArray[np.floating[Any]]
+Picture = NDArray[np.floating[Any]]
 Indices = NDArray[np.integer[Any]]
 
 SIZE = 32
@@ -94,10 +95,12 @@ def by_kind(kinds: Indices, painters: Sequence[Callable[..., Plane]], *planes: P
 
 
 def box(u: Plane, v: Plane, half_width: Plane | float, half_height: Plane | float) -> Plane:
+    """A rectangle around the origin."""
     return np.maximum(np.abs(u) - plane(half_width), np.abs(v) - plane(half_height))
 
 
 def disc(u: Plane, v: Plane, radius: Plane | float) -> Plane:
+    """A circle around the origin."""
     return np.hypot(u, v) - plane(radius)
 
 

@@ -13,8 +13,8 @@ tpt                Random(0) afresh for every class, whatever the seed
 coop-linear-probe  NumPy's RandomState(seed), classes in ascending order
 =================  =====================================================================================
 
-Source: datasets sheet, section 4. It leaves open, and we chose: the val draws of tpt (as coop's, reseeded per class), and
-the order of draws of coop-linear-probe (train, then val).
+Source: datasets sheet, section 4. It leaves open, and we chose: the val draws of tpt (as coop's, reseeded per class),
+and the order of draws of coop-linear-probe (train, then val).
 """
 
 from __future__ import annotations

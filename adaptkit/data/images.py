@@ -63,7 +63,8 @@ def load_rgb(source: str | Path | bytes | IO[bytes], *, max_pixels: int = MAX_PI
 
     Raises:
         MissingPathError: No such file.
-        DataError: Not an image, a truncated or damaged one, or one with more than `max_pixels`. The message has the path.
+        DataError: Not an image, a truncated or damaged one, or one with more than `max_pixels`. The message has the
+            path.
 
     Example:
         >>> load_rgb("tests/images/three.png").mode  # doctest: +SKIP
@@ -150,8 +151,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise DataError(
-            f"{name} holds {image.mode!r} values (floats, or more than 16 bits), which have no fixed range: save it with"
-            " 8 or 16 bits per channel."
+            f"{name} holds {image.mode!r} values (floats, or more than 16 bits), which have no fixed range: save it"
+            " with 8 or 16 bits per channel."
         )
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255, rounded
 

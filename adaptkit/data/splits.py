@@ -43,10 +43,10 @@ class ImageSource(ABC):
 
     @abstractmethod
     def content_key(self, position: int) -> str:
-        """Text that changes when the image does: for files the path, size and time; for arrays a digest of the pixels."""
+        """Text that changes when the image does: for files path, size and time; for arrays a digest of the pixels."""
 
     def content_digest(self, position: int) -> str | None:
-        """Digest of the pixels where they lie in memory; None for files, whose path stands for them in split digests."""
+        """Digest of pixels in memory; None for files, whose path stands for them in split digests."""
         return None
 
     def path(self, position: int) -> Path | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,7 +281,7 @@ _CLASSES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyTy
         "shapes": (SHAPE_CLASSES, _GENERIC),
         "textures": (TEXTURE_CLASSES, ("a photo of a {} texture.",)),
         "species": (tuple(species_attributes()), ("a photo of a {}, a type of creature.",)),
-        **{name: (SHAPE_CLASSES, _GENERIC) for name in SHIFTS},
+        **dict.fromkeys(SHIFTS, (SHAPE_CLASSES, _GENERIC)),
     }
 )
 
@@ -337,8 +338,9 @@ def load_embedded(name: str, seed: int = 0) -> EmbeddedImages:
         images = {
             split: drawing.to_bytes(_draw(name, _generator(name, split, seed), labels[split])) for split in SPLITS
         }
-    for array in (*images.values(), *labels.values()):
-        array.flags.writeable = False
+    arrays: tuple[NDArray[Any], ...] = (*images.values(), *labels.values())
+    for array in arrays:
+        array.setflags(write=False)
     known = species_attributes() if name == "species" else {}
     descriptions = {species: describe_creature(kind) for species, kind in known.items()}
     return EmbeddedImages(name, class_names, templates, images, labels, descriptions)

@@ -31,7 +31,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "eurosat": ("a centered satellite photo of {}.",),
     "ucf101": ("a photo of a person doing {}.",),
 }
-"""The single templates of CoOp and nearly all followers, where they aren't the default one. Source: datasets sheet, 6."""
+"""The single templates of CoOp and nearly all followers, where they aren't the default one. Source: datasets sheet,
+6."""
 
 
 def templates_for(name: str) -> tuple[str, ...]:
@@ -62,8 +63,8 @@ def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
         places = template.count("{}")
         if places != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
             raise ConfigError(
-                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no other"
-                " braces, as in 'a photo of a {}.'."
+                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no"
+                " other braces, as in 'a photo of a {}.'."
             )
     return checked
 

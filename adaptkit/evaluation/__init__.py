@@ -1,1 +1,1 @@
-
+"""Evaluation: recipes, protocols, metrics, statistics and the record of a run."""

@@ -314,6 +314,32 @@ def resolve(
     return Resolved(config, training, origins)
 
 
+def share_overrides(method_classes: Sequence[type[Method]], overrides: Sequence[str]) -> list[list[str]]:
+    """For each of several methods, those "key=value" texts whose setting it reads.
+
+    Args:
+        method_classes: The methods.
+        overrides: Texts as after --set, meant for all methods that read them.
+
+    Raises:
+        ConfigError: A text isn't an override, or none of the methods reads its setting (with near matches).
+    """
+    places = [_Places(method_class) for method_class in method_classes]
+    problems, shares = _Problems(), [[] for _ in places]  # type: tuple[_Problems, list[list[str]]]
+    for text in overrides:
+        keys = problems.collect(lambda text=text: [key for key, _ in flatten(parse_overrides([text]))])  # type: ignore[misc]
+        readers = [i for i, place in enumerate(places) if any(place.has(key) for key in keys or ())]
+        for reader in readers:
+            shares[reader].append(text)
+        if keys and not readers:
+            known = {full.split(".")[1]: full for place in places for full in place.shown()}
+            near = difflib.get_close_matches(keys[0].split(".")[-1], known, n=2, cutoff=0.6)
+            hint = f" Did you mean {' or '.join(repr(known[match]) for match in near)}?" if near else ""
+            problems.add(f"--set: none of {', '.join(place.method for place in places)} reads {keys[0]!r}.{hint}")
+    problems.raise_if_any()
+    return shares
+
+
 def _gather(
     layers: Iterable[tuple[str, Iterable[tuple[str, Any]]]], places: _Places, problems: _Problems
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -395,6 +421,14 @@ class _Places:
     def read(self, section: str, name: str) -> bool:
         """Whether the method reads this setting at all."""
         return section == "method" or self.trains or (self.reads_views and name in VIEW_FIELDS)
+
+    def has(self, key: str) -> bool:
+        """Whether `find` takes the key."""
+        try:
+            self.find(key, "")
+        except ConfigError:
+            return False
+        return True
 
     def find(self, key: str, label: str) -> tuple[str, str]:
         """(section, field) of a key.

@@ -1,7 +1,7 @@
 """A run's result: one typed, versioned JSON document, its predictions and its adapter, in one folder.
 
-A run counts as done when its `result.json` parses, has the key asked for and finite numbers; a folder that merely exists
-counts for nothing.
+A run counts as done when its `result.json` parses, has the key asked for and finite numbers; a folder that merely
+exists counts for nothing.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def read_run(folder: str | Path) -> RunResult:
         result = from_mapping(RunResult, read_json(path, max_bytes=_MAX_RESULT_BYTES), where=RESULT_FILE)
     except (StorageError, AdaptKitError) as error:
         raise DataError(f"{path} is damaged ({error}): run it again.") from error
-    numbers = [part.accuracy for part in result.parts if part.total] + list(result.seconds.values())
-    if not result.parts or not all(math.isfinite(number) for number in numbers):
+    counted = all(0 <= part.correct <= part.total > 0 for part in result.parts)
+    if not result.parts or not counted or not all(math.isfinite(number) for number in result.seconds.values()):
         raise DataError(f"{path} holds no finite results: run it again.")
     if result.key.digest != result.key_digest:
         raise DataError(f"{path} doesn't match its own key: it was changed by hand or cut off; run it again.")
@@ -224,11 +224,12 @@ def read_run(folder: str | Path) -> RunResult:
 
 
 def is_done(folder: str | Path, key: RunKey) -> bool:
-    """Whether the folder holds a finished run of exactly this key."""
+    """Whether the folder holds a finished run of exactly this key; one that Ctrl-C ended early isn't finished."""
     try:
-        return read_run(folder).key_digest == key.digest
+        result = read_run(folder)
     except DataError:
         return False
+    return result.key_digest == key.digest and not result.fit.get("interrupted")
 
 
 def environment(device: str, precision: str) -> dict[str, Any]:

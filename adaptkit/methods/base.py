@@ -96,7 +96,7 @@ class Method(nn.Module):
         self.fitted_names = check_names(class_names)
         self.class_names = self.fitted_names
         self.uses_fallback = False
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
         self.build()
         self.to(backbone.device)
         self.set_classes(class_names)

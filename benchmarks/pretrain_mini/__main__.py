@@ -8,7 +8,6 @@ pictures only; see `stream`. Fonts: Debian's packages are listed in README.md be
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -179,7 +178,8 @@ def main(steps: int, text_from: float, batch_size: int, lr: float, seed: int, th
         optimiser.step()
         if step % 100 == 99:
             shown = " ".join(f"{name} {value:.2f}" for name, value in right.items())
-            line = f"step {step + 1}/{steps} {time.time() - began:.0f} s loss {loss.item():.3f} captions {contrast.item():.3f}"
+            line = f"step {step + 1}/{steps} {time.time() - began:.0f} s loss {loss.item():.3f}"
+            line += f" captions {contrast.item():.3f}"
             history.append({"step": step + 1, "loss": loss.item(), "captions": contrast.item(), **right})
             click.echo(f"{line} {shown}")
         if step % 1000 == 999 or step == steps - 1:

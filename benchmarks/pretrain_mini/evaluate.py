@@ -1,6 +1,6 @@
 """What `mini` reaches on the embedded datasets: zero-shot, 16 shots, descriptions.
 
-    python -m benchmarks.pretrain_mini.evaluate --out benchmarks/pretrain_mini/reached.json
+python -m benchmarks.pretrain_mini.evaluate --out benchmarks/pretrain_mini/reached.json
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def text_accuracy(backbone: Any, store: FeatureStore, name: str, seed: int, *, d
     """Zero-shot accuracy by names, or by the mean of each class's descriptions."""
     data = load_dataset(name, seed=seed)
     if described:
-        rows = [F.normalize(backbone.text_features(list(data.descriptions[c])), dim=-1).mean(0) for c in data.class_names]
+        texts = [list(data.descriptions[name]) for name in data.class_names]
+        rows = [F.normalize(backbone.text_features(sentences), dim=-1).mean(0) for sentences in texts]
         weights = F.normalize(torch.stack(rows), dim=-1)
     else:
         weights = zero_shot_weights(backbone, data.class_names, data.templates)

@@ -91,7 +91,7 @@ def glyph_masks() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def stroke_skeletons() -> dict[str, list[list[tuple[float, float]]]]:
-    """Hand-set polylines of the ten digits in -1..1: plain line drawings, whose joints are shaken when they are drawn."""
+    """Hand-set polylines of the ten digits in -1..1: line drawings, whose joints are shaken when drawn."""
     arc = lambda cx, cy, rx, ry, a0, a1, n=9: [  # noqa: E731
         (cx + rx * np.cos(t), cy + ry * np.sin(t)) for t in np.linspace(np.radians(a0), np.radians(a1), n)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,6 @@ def main(only: Sequence[str], quick: bool, out: Path | None, threads: int | None
 
     Exits 1 when a benchmark failed or the numbers differ; a ratio below what we want is shown, and isn't an error.
     """
-    warnings.simplefilter("ignore")  # open_clip's, about random weights
     if threads:
         torch.set_num_threads(threads)
     started = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
@@ -102,4 +102,6 @@ def main(only: Sequence[str], quick: bool, out: Path | None, threads: int | None
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # torch's and open_clip's would stand between the table's lines:
+    logging.disable(logging.WARNING)  # that weights are random is meant
     main()

@@ -152,8 +152,8 @@ def on_line(points: Mapping[int, float], at: int) -> float:
 def peak_above(run: Callable[[], object]) -> int:
     """Bytes of resident memory that `run` needs above what the process holds already, at its highest moment.
 
-    Where the system can't set its high-water mark back (it can on Linux), whatever was higher before hides the peak;
-    so this belongs into a process of its own, after a warm-up.
+    Where the system can't set its high-water mark back (Linux can), whatever was higher before hides the peak; so this
+    belongs into a process of its own, after a warm-up.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -163,6 +163,11 @@ def peak_above(run: Callable[[], object]) -> int:
 
 
 def _high_water() -> int:
+    """Peak resident bytes. Linux's `ru_maxrss` won't do: a started process inherits that of whoever started it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -189,9 +194,15 @@ def run_process(command: Sequence[str], *, extra: Mapping[str, str] | None = Non
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ProcessFailedError(f"{shown}: {error}") from error
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        raise ProcessFailedError(f"{shown}: exit code {done.returncode}: {last}")
+        raise ProcessFailedError(f"{shown}: exit code {done.returncode}: {_last_words(done.stderr)}")
     return done.stdout
+
+
+def _last_words(printed: str) -> str:
+    """The last line of what a process complained, and the last place in the code where there is one."""
+    lines = [line.strip() for line in printed.strip().splitlines()] or ["nothing on stderr"]
+    places = [line for line in lines if line.startswith('File "')]
+    return " in ".join([lines[-1], *places[-1:]])
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 TEXTS = ["a photo of a cat.", "dog", "a red panda and a dog, in the snow"]
-WORDS = "a photo of cat dog red panda and in the snow . , it is an".split()
+WORDS = ["a", "photo", "of", "cat", "dog", "red", "panda", "and", "in", "the", "snow", ".", ",", "it", "is", "an"]
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -243,7 +243,6 @@ def _image_processor(kind: str) -> Any:
 
 def save_transformers(kind: str, folder: Path) -> tuple[Any, Any]:
     """Save a model with tokenizer and image processor; returns transformers' own model and tokenizer."""
-    bert = kind in ("chinese_clip", "altclip", "align")
     tokenizer = word_tokenizer(start="" if kind.startswith("siglip") else "<s>", end="</s>", padding="<pad>")
     if kind == "siglip2":
         tokenizer = letter_tokenizer()

@@ -6,6 +6,7 @@ No time is asserted anywhere: it depends on the machine and on who else uses it.
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -176,6 +177,14 @@ def test_peak_memory_sees_what_a_run_needs():
     assert peak_above(lambda: None) < 0.1 * size
 
 
+def test_peak_memory_of_a_started_process_is_its_own():
+    """A process inherits `ru_maxrss` from a bigger one that starts it, which would hide its own peak."""
+    held = bytearray(2**30)
+    assert held.count(1) == 0  # now resident here
+    program = "from benchmarks.speed.measure import peak_above; print(peak_above(lambda: bytearray(2**27).count(1)))"
+    assert 0.9 * 2**27 < int(run_process([sys.executable, "-c", program])) < 1.5 * 2**27
+
+
 def test_a_step_by_its_side(backbone):
     case = CoOpCase(backbone, 3, 2)
     torch.testing.assert_close(one_step(case, "ours"), one_step(case, "plain"), rtol=1e-4, atol=1e-5)
@@ -183,7 +192,7 @@ def test_a_step_by_its_side(backbone):
 
 def test_failing_processes_are_told():
     assert run_process(adaptkit_command("--version")).startswith("adaptkit")
-    with pytest.raises(ProcessFailedError, match="exit code 2.*No such command"):
+    with pytest.raises(ProcessFailedError, match=r"exit code 2.*No such command"):
         run_process(adaptkit_command("runn"))
     with pytest.raises(ProcessFailedError, match="no-such-program"):
         run_process(["no-such-program"])

@@ -401,7 +401,7 @@ def test_full_length_77_in_single_precision():
 def test_positions_that_make_no_sense_are_refused(at):
     layout = lay_out([[1], [2]], 2, "end", False)
     rows = TextRows.build(layout.symbols, layout.ends, causal=True)
-    with pytest.raises(BackboneError, match="count positions|outside a row"):
+    with pytest.raises(BackboneError, match=r"count positions|outside a row"):
         CAUSAL(rows, torch.zeros(2, WIDTH), {1: [InsertTokens(torch.zeros(1, WIDTH), at=at)]})
 
 

@@ -191,7 +191,7 @@ def _torch_fit(features: Tensor, labels: Tensor, c: float, max_iterations: int) 
         return loss
 
     with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        optimiser.step(closure)
     steps = optimiser.state[theta]["n_iter"]
     fitted = theta.detach().float()
     return _both_rows(fitted[:, :-1], fitted[:, -1], steps < max_iterations)
