@@ -12,7 +12,6 @@ import click
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError, StorageError
-from adaptkit.storage import new_folder
 
 if TYPE_CHECKING:
     from adaptkit.evaluation.protocols import RunOutcome
@@ -167,6 +166,8 @@ def check_replaceable(target: Path, keys: Mapping[str, RunKey], overwrite: bool)
 def point_at_best(target: Path, method: str) -> None:
     """Make OUT/best a link to the best run; where links can't be made, a copy."""
     import shutil
+
+    from adaptkit.storage import new_folder
 
     link, temporary = target / BEST, target / f".{BEST}-{os.getpid()}"
     try:

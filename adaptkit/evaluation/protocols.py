@@ -2,8 +2,7 @@
 
 few-shot          all classes: shots of every class, the whole test split
 base-to-novel     shots drawn over all classes, trained on the first half of them; base and novel test images, each
-                  among
-                  its own half's names
+                  among its own half's names
 
 Source: protocols sheet, sections 1 and 2; datasets sheet, section 4.
 """

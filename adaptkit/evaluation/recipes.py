@@ -325,12 +325,13 @@ def share_overrides(method_classes: Sequence[type[Method]], overrides: Sequence[
         ConfigError: A text isn't an override, or none of the methods reads its setting (with near matches).
     """
     places = [_Places(method_class) for method_class in method_classes]
-    problems, shares = _Problems(), [[] for _ in places]  # type: tuple[_Problems, list[list[str]]]
+    shares: list[list[str]] = [[] for _ in places]
+    problems = _Problems()
     for text in overrides:
-        keys = problems.collect(lambda text=text: [key for key, _ in flatten(parse_overrides([text]))])  # type: ignore[misc]
-        readers = [i for i, place in enumerate(places) if any(place.has(key) for key in keys or ())]
-        for reader in readers:
-            shares[reader].append(text)
+        keys = [key for key, _ in flatten(parse_overrides([text]))]
+        readers = [share for share, place in zip(shares, places, strict=True) if any(map(place.has, keys))]
+        for share in readers:
+            share.append(text)
         if keys and not readers:
             known = {full.split(".")[1]: full for place in places for full in place.shown()}
             near = difflib.get_close_matches(keys[0].split(".")[-1], known, n=2, cutoff=0.6)

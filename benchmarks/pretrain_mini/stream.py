@@ -1,8 +1,8 @@
 """The training stream of `mini`: drawn pictures with their attributes and captions. No photograph, no handwriting.
 
 Four kinds of picture in every batch: printed glyphs in many fonts, shapes, textures, creatures. What the embedded
-datasets test is kept out: the class combinations of `shapes`, the last eight `textures` (pictures and words), the 24
-`species` (their attribute combinations and their names).
+datasets test is kept out: the class combinations of `shapes` and four of its forms altogether, the last eight `textures`
+(pictures and words), the 24 `species` (their attribute combinations and their names).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ GLYPHS = (
 GLYPH_NAMES = [f"the digit {DIGIT_NAMES[int(g)]}" if g.isdigit() else f"the letter {g.lower()}" for g in GLYPHS]
 COLOUR_NAMES = tuple(drawing.COLOURS)
 CELL = 48
+UNSEEN = [list(drawing.SHAPES).index(name) for name in synthetic.UNSEEN_SHAPES]
 
 # Attribute heads: name to number of values.
 HEADS = {
@@ -89,50 +90,6 @@ def glyph_masks() -> np.ndarray:
     return out
 
 
-@lru_cache(maxsize=1)
-def stroke_skeletons() -> dict[str, list[list[tuple[float, float]]]]:
-    """Hand-set polylines of the ten digits in -1..1: line drawings, whose joints are shaken when drawn."""
-    arc = lambda cx, cy, rx, ry, a0, a1, n=9: [  # noqa: E731
-        (cx + rx * np.cos(t), cy + ry * np.sin(t)) for t in np.linspace(np.radians(a0), np.radians(a1), n)
-    ]
-    return {
-        "0": [arc(0, 0, 0.55, 0.85, -90, 270, 15)],
-        "1": [[(-0.3, -0.5), (0.05, -0.85), (0.05, 0.85)]],
-        "2": [[*arc(0, -0.4, 0.5, 0.45, -170, 40), (-0.5, 0.85), (0.55, 0.8)]],
-        "3": [arc(0, -0.42, 0.45, 0.42, -160, 90), arc(0, 0.42, 0.5, 0.43, -90, 160)],
-        "4": [[(0.25, 0.85), (0.25, -0.1)], [(-0.05, -0.85), (-0.5, 0.2), (0.6, 0.2)]],
-        "5": [[(0.5, -0.8), (-0.35, -0.8), (-0.4, -0.1), *arc(0, 0.3, 0.48, 0.5, -120, 150)]],
-        "6": [[(0.35, -0.8), (-0.2, -0.4), (-0.45, 0.2), *arc(0.02, 0.4, 0.45, 0.42, 180, -180, 13)]],
-        "7": [[(-0.5, -0.8), (0.5, -0.8), (-0.05, 0.85)]],
-        "8": [arc(0, -0.42, 0.4, 0.4, 90, -270, 12), arc(0, 0.42, 0.47, 0.42, -90, 270, 12)],
-        "9": [[*arc(-0.02, -0.38, 0.42, 0.42, 0, -360, 13), (0.42, -0.3), (0.3, 0.85)]],
-    }
-
-
-def _stroke_planes(rng: np.random.Generator, digits: np.ndarray) -> np.ndarray:
-    """Digits as shaken polylines, coverage [n, CELL, CELL]."""
-    n = len(digits)
-    axis = ((np.arange(CELL, dtype=np.float32) + 0.5) * 2 / CELL - 1) * (CELL / (CELL - 8))
-    out = np.zeros((n, CELL, CELL), dtype=np.float32)
-    for digit in np.unique(digits):
-        rows = np.flatnonzero(digits == digit)
-        k = len(rows)
-        far = np.full((k, CELL, CELL), 9.0, dtype=np.float32)
-        for line in stroke_skeletons()[str(digit)]:
-            points = np.array(line, dtype=np.float32)[None] + rng.normal(0, 0.055, (k, len(line), 2)).astype(np.float32)
-            drift = np.cumsum(rng.normal(0, 0.035, (k, len(line), 2)), axis=1).astype(np.float32)
-            points = points + drift
-            for a, b in zip(range(len(line) - 1), range(1, len(line)), strict=True):
-                p, q = points[:, a, :, None, None], points[:, b, :, None, None]  # [k, 2, 1, 1]
-                d = q - p
-                x, y = axis[None, None, :] - p[:, 0], axis[None, :, None] - p[:, 1]
-                t = np.clip((x * d[:, 0] + y * d[:, 1]) / ((d**2).sum(1) + 1e-6), 0, 1)
-                far = np.minimum(far, (x - t * d[:, 0]) ** 2 + (y - t * d[:, 1]) ** 2)
-        thickness = rng.uniform(0.08, 0.24, (k, 1, 1)).astype(np.float32)
-        out[rows] = np.clip((thickness - np.sqrt(far)) * CELL / 2 + 0.5, 0, 1)
-    return out
-
-
 def _warped(rng: np.random.Generator, masks: np.ndarray) -> np.ndarray:
     """Turned, sheared, scaled, moved and gently bent masks, [n, 32, 32]."""
     n = len(masks)
@@ -172,8 +129,6 @@ def _draw_glyphs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, dict[str
     fonts = glyph_masks()
     glyph = np.where(rng.random(n) < 0.62, rng.integers(0, 10, n), rng.integers(10, len(GLYPHS), n))
     masks = fonts[rng.integers(len(fonts), size=n), glyph].copy()
-    stroked = np.flatnonzero((glyph < 10) & (rng.random(n) < 0.5))
-    masks[stroked] = _stroke_planes(rng, glyph[stroked])
     masks = _lowered(rng, _warped(rng, masks), 0.6)
     gain = rng.uniform(0.75, 1.5, (n, 1, 1)).astype(np.float32)
     masks = np.clip(masks * gain, 0, 1)
@@ -215,7 +170,7 @@ def _draw_shapes(rng: np.random.Generator, n: int) -> tuple[np.ndarray, dict[str
     sizes = HEADS["shape_colour"], HEADS["pattern"], HEADS["shape"]
     kinds = np.stack([rng.integers(size, size=n) for size in sizes], axis=1)
     for row in range(n):
-        while tuple(kinds[row]) in _held_out_shapes():
+        while tuple(kinds[row]) in _held_out_shapes() or kinds[row, 2] in UNSEEN:
             kinds[row] = [rng.integers(size) for size in sizes]
     colour, pattern, shape = kinds.T
     picture, _ = synthetic.draw_shapes(rng, colour, pattern, shape)

@@ -1,0 +1,68 @@
+"""What the README shows runs: its Python, and every verb and option of its command lines."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from adaptkit.commands.main import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"`(adaptkit (?:run|compare|predict|list|data|doctor)[^`]*)`", README)))
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """my_photos/ with two classes of eight images, new/ with two, in the current folder."""
+    numbers = np.random.default_rng(0)
+    for label, colour in (("beech", (40, 160, 60)), ("oak", (200, 60, 40))):
+        folder = tmp_path / "my_photos" / label
+        folder.mkdir(parents=True)
+        for index in range(8):
+            noisy = np.clip(np.array(colour) + numbers.integers(-30, 30, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / f"{index}.jpg")
+    (tmp_path / "new").mkdir()
+    Image.open(tmp_path / "my_photos/oak/0.jpg").save(tmp_path / "new/1.jpg")
+    Image.open(tmp_path / "my_photos/beech/1.jpg").save(tmp_path / "new/2.jpg")
+    Image.open(tmp_path / "my_photos/oak/3.jpg").save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+
+
+def test_python_blocks(photos, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(
+            compile(
+                block.replace("ViT-B-16/openai", "mini").replace("tip-adapter", "linear-probe"), "README.md", "exec"
+            ),
+            {},
+        )
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "['oak' 'beech']"
+    assert printed[-1] == "oak"
+
+
+def test_command_lines(photos):
+    assert len(COMMANDS) >= 7
+    order = {"run": 0, "compare": 1, "predict": 2, "list": 3, "data": 4, "doctor": 5}
+    for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
+        words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]
+        outcome = CliRunner().invoke(main, words)
+        assert outcome.exit_code == 0, f"{line}: {outcome.output}"
+
+
+def test_the_makefile_runs_what_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert (ROOT / re.findall(r"predict \S+ (\S+?\.png)", makefile)[0]).is_file()
+    for target in ("run", "test"):
+        assert f"make {target}" in README
+        assert re.search(rf"^{target}:", makefile, re.M)

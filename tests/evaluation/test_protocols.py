@@ -1,0 +1,220 @@
+"""Tasks and runs: what is drawn, what is tested, what is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from adaptkit.backbones import load_backbone
+from adaptkit.data.features import FeatureStore
+from adaptkit.data.sources import load_dataset
+from adaptkit.data.splits import TestSplit, TrainSplit, ValSplit
+from adaptkit.errors import ConfigError, DataError, UnknownNameError
+from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, run_method
+from adaptkit.evaluation.recipes import list_recipes, load_recipe
+from adaptkit.evaluation.results import is_done, read_run, write_run
+from adaptkit.methods import methods
+
+DIGITS = load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("mini")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return FeatureStore(tmp_path_factory.mktemp("features"))
+
+
+def run(backbone, store, method="linear-probe", protocol="base-to-novel", seed=1, **arguments):
+    task = make_task(DIGITS, protocol, 4, seed)
+    progress = arguments.pop("progress", None)
+    return run_method(plan_run(method, backbone, task, **arguments), backbone, store=store, progress=progress)
+
+
+def test_base_to_novel_halves_the_classes_and_shares_the_shots():
+    every, halves = make_task(DIGITS, "few-shot", 4, 2), make_task(DIGITS, "base-to-novel", 4, 2)
+    assert halves.class_names == DIGITS.class_names[:5]
+    assert [part.name for part in halves.parts] == ["base", "novel"]
+    assert halves.parts[1].split.class_names == DIGITS.class_names[5:]
+    assert sum(len(part.split) for part in halves.parts) == len(DIGITS.test)
+    of_base = {name for name, label in zip(every.train.ids, every.train.labels, strict=True) if label < 5}
+    assert set(halves.train.ids) == of_base
+    for part in halves.parts:
+        assert isinstance(part.split, TestSplit)
+        names = [DIGITS.class_names[label] for label in DIGITS.test.labels[part.positions]]
+        assert names == [part.split.class_names[label] for label in part.split.labels]
+    assert isinstance(halves.train, TrainSplit)
+    assert isinstance(halves.val, ValSplit)
+
+
+def test_no_image_is_in_two_places():
+    task = make_task(DIGITS, "few-shot", 16, 1)
+    assert not {*task.train.ids, *task.val.ids} & set(DIGITS.test.ids)
+    assert not set(task.train.ids) & set(task.val.ids)
+
+
+def test_wrong_names_and_empty_tests_are_refused():
+    with pytest.raises(UnknownNameError, match="few-shot"):
+        make_task(DIGITS, "few-shots")
+    empty = dataclasses.replace(DIGITS, test=DIGITS.test.subset([]))
+    with pytest.raises(DataError, match="no test images"):
+        make_task(empty)
+
+
+def test_the_record_agrees_with_the_predictions(backbone, store):
+    outcome = run(backbone, store, "tip-adapter", overrides=["beta_steps=5", "training.views=1"])
+    result = outcome.result
+    for part, predictions in zip(result.parts, outcome.predictions, strict=True):
+        right = predictions.predicted == predictions.labels
+        assert (int(right.sum()), len(right)) == (part.correct, part.total)
+        counted = [(int(right[predictions.labels == c].sum()), int((predictions.labels == c).sum())) for c in range(5)]
+        assert tuple(counted) == part.per_class
+        assert ((predictions.confidence > 0) & (predictions.confidence <= 1)).all()
+    base, novel = (part.accuracy for part in result.parts)
+    assert result.harmonic_mean == pytest.approx(2 * base * novel / (base + novel))
+    assert [part.fallback for part in result.parts] == [False, True]
+    assert any("zero-shot" in warning for warning in result.warnings)
+    assert result.tuned_on == "val"
+
+
+def test_the_same_seed_gives_the_same_result_and_encodes_nothing_again(backbone, store):
+    arguments = {"overrides": ["training.epochs=3"], "method": "coop"}
+    first, second = run(backbone, store, **arguments), run(backbone, store, **arguments)
+    assert first.result.parts == second.result.parts
+    assert second.result.images_encoded == 0
+    other = run(backbone, store, seed=2, **arguments)
+    assert other.result.key_digest != first.result.key_digest
+    assert other.result.few_shot_digest != first.result.few_shot_digest
+
+
+def test_interrupted_training_is_tested_and_said(backbone, store):
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("coop epoch 2"):
+            raise KeyboardInterrupt
+
+    outcome = run(backbone, store, "coop", overrides=["training.epochs=9"], progress=stop)
+    assert outcome.result.fit["epochs"] < 9
+    assert any("interrupted" in warning for warning in outcome.result.warnings)
+
+
+def test_a_written_run_reads_back_and_damage_is_noticed(backbone, store, tmp_path):
+    outcome = run(backbone, store, "zero-shot", "few-shot")
+    folder = write_run(tmp_path / "run", outcome.result, outcome.predictions, outcome.model)
+    assert read_run(folder) == outcome.result
+    assert is_done(folder, outcome.result.key)
+    assert not is_done(folder, dataclasses.replace(outcome.result.key, seed=7))
+    path = folder / "result.json"
+    content = json.loads(path.read_text())
+    for change in ({"key_digest": "0"}, {"parts": []}, {"seconds": {"fit": None}}):
+        path.write_text(json.dumps({**content, **change}))
+        with pytest.raises(DataError):
+            read_run(folder)
+    path.write_text(json.dumps(content)[:-40])
+    with pytest.raises(DataError, match="damaged"):
+        read_run(folder)
+    assert not is_done(tmp_path / "nowhere", outcome.result.key)
+
+
+def test_the_embedded_backbone_gets_the_quick_recipe(backbone):
+    assert choose_recipe("coop", "few-shot", backbone).name == "coop/few-shot-quick"
+    assert choose_recipe("coop", "few-shot", backbone, "csc").name == "coop/few-shot-csc"
+    assert choose_recipe("coop", "few-shot", backbone, "none") is None
+
+
+def test_every_recipe_can_be_planned(backbone):
+    planned = 0
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        task = make_task(DIGITS, recipe.protocol, 4, 1)
+        if recipe.tuned_on == "per-dataset-config":
+            continue  # knows none of the embedded datasets
+        overrides = ["depth=3"] if recipe.method == "maple" else []  # mini has fewer layers than a ViT-B/16
+        plan = plan_run(recipe.method, backbone, task, recipe=name, overrides=overrides)
+        assert plan.key.method == recipe.method
+        planned += 1
+    assert planned == len(list_recipes()) - 2
+
+
+def test_templates_reach_the_text_tower(backbone, store):
+    plain = run(backbone, store, "zero-shot", "few-shot").result
+    task = make_task(dataclasses.replace(DIGITS, templates=("{}",)), "few-shot", 4, 1)
+    other = run_method(plan_run("zero-shot", backbone, task), backbone, store=store).result
+    assert other.templates == ("{}",)
+    assert other.key_digest != plain.key_digest
+    assert np.isfinite(other.score)
+
+
+SHORT = {
+    "zero-shot": [],
+    "linear-probe": [],
+    "tip-adapter": ["views=1", "alpha_steps=3", "beta_steps=3"],
+    "tip-adapter-f": ["epochs=1", "views=1", "alpha_steps=3", "beta_steps=3"],
+    "clip-adapter": ["epochs=1", "views=1"],
+    "coop": ["epochs=1", "views=1"],
+    "maple": ["epochs=1", "views=1"],
+}
+
+
+@pytest.mark.parametrize("method", sorted(SHORT))
+def test_every_method_gives_the_same_answers_twice(backbone, store, method):
+    assert sorted(SHORT) == sorted(methods)
+    task = make_task(DIGITS, "base-to-novel", 2, 0)
+    first, second = (
+        run_method(plan_run(method, backbone, task, overrides=SHORT[method]), backbone, store=store) for _ in range(2)
+    )
+    assert first.result.parts == second.result.parts
+    assert first.result.key_digest == second.result.key_digest
+    for one, other in zip(first.predictions, second.predictions, strict=True):
+        np.testing.assert_array_equal(one.predicted, other.predicted)
+        np.testing.assert_array_equal(one.confidence, other.confidence)
+
+
+@pytest.mark.parametrize("method", ["linear-probe", "tip-adapter", "tip-adapter-f", "clip-adapter"])
+def test_validation_images_of_novel_classes_alone_search_nothing(backbone, store, method):
+    data = dataclasses.replace(DIGITS, val=DIGITS.val.subset(np.flatnonzero(DIGITS.val.labels >= 5)))
+    task = make_task(data, "base-to-novel", 2, 1)
+    result = run_method(plan_run(method, backbone, task, overrides=SHORT[method]), backbone, store=store).result
+    assert result.tuned_on == "none"
+    assert 0 <= result.score <= 1
+
+
+def test_what_the_sampler_did_is_in_the_warnings(backbone, store):
+    task = make_task(DIGITS, "few-shot", 2, 3, "tip")
+    assert task.val is not None
+    assert len(task.val) == len(DIGITS.val)  # Tip-Adapter searches on all of them
+    result = run_method(plan_run("zero-shot", backbone, task), backbone, store=store).result
+    assert result.key.sampler == "tip"
+    assert any("same images for every seed" in warning for warning in result.warnings)
+    with pytest.raises(DataError, match="--allow-fewer"):
+        make_task(DIGITS, "few-shot", 10_000, 1)
+    short = make_task(DIGITS, "few-shot", 10_000, 1, allow_fewer=True)
+    assert len(short.train) == len(DIGITS.train)
+    assert any("fewer than 10000" in note for note in short.few_shot.notes)
+
+
+def test_recipes_with_settings_per_dataset_know_theirs_only(backbone):
+    names = [name for name in list_recipes() if load_recipe(name).tuned_on == "per-dataset-config"]
+    planned = 0
+    for name in names:
+        recipe = load_recipe(name)
+        with pytest.raises(ConfigError, match="none for 'digits'"):
+            plan_run(recipe.method, backbone, make_task(DIGITS, recipe.protocol, 4, 1), recipe=name)
+        for dataset in recipe.by_dataset:
+            task = make_task(dataclasses.replace(DIGITS, name=dataset), recipe.protocol, 4, 1)
+            assert plan_run(recipe.method, backbone, task, recipe=name).key.dataset == dataset
+            planned += 1
+    assert planned == 2 * 11
+
+
+def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(backbone, store, "linear-probe", "few-shot", seed=11, progress=stop)
