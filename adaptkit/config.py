@@ -162,6 +162,25 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
+    """One template or several, each with exactly one `{}` for the class name.
+
+    Raises:
+        ConfigError: None at all, or one without `{}`, with several, or with other braces.
+    """
+    checked = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not checked:
+        raise ConfigError("No template was given: write at least one, such as 'a photo of a {}.'.")
+    for template in checked:
+        places = template.count("{}")
+        if places != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+            raise ConfigError(
+                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no"
+                " other braces, as in 'a photo of a {}.'."
+            )
+    return checked
+
+
 def _build(cls: type[Any], mapping: Any, path: str, problems: list[str], depth: int) -> Any:
     """An instance, or None with at least one problem noted."""
     if not isinstance(mapping, Mapping):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaptkit.errors import ConfigError
+from adaptkit.config import check_templates
 from adaptkit.types import DEFAULT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -48,25 +48,6 @@ def display_name(stored: str) -> str:
         'yorkshire terrier'
     """
     return " ".join(stored.replace("_", " ").split())
-
-
-def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
-    """One template or several, each with exactly one `{}` for the class name.
-
-    Raises:
-        ConfigError: None at all, or one without `{}`, with several, or with other braces.
-    """
-    checked = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not checked:
-        raise ConfigError("No template was given: write at least one, such as 'a photo of a {}.'.")
-    for template in checked:
-        places = template.count("{}")
-        if places != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-            raise ConfigError(
-                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no"
-                " other braces, as in 'a photo of a {}.'."
-            )
-    return checked
 
 
 def render(template: str, name: str) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.config import check_templates
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnsupportedError
 from adaptkit.types import (
     DEFAULT_TEMPLATES,
@@ -269,19 +270,6 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise DataError(f"Class name {twice[0]!r} occurs {names.count(twice[0])} times: make the names unique.")
     return names
-
-
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Zero-shot templates as a tuple, each with exactly one "{}" for the class name."""
-    templates = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not templates:
-        raise ConfigError('No template was given: at least one is needed, such as "a photo of a {}.".')
-    for template in templates:
-        if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
-            raise ConfigError(
-                f"Template {template!r} can't be filled in: write exactly one {{}} where the class name goes."
-            )
-    return templates
 
 
 def draw_linear(inputs: int, outputs: int, numbers: torch.Generator, *, bias: bool = True) -> nn.Linear:

@@ -1,8 +1,8 @@
 """The training stream of `mini`: drawn pictures with their attributes and captions. No photograph, no handwriting.
 
 Four kinds of picture in every batch: printed glyphs in many fonts, shapes, textures, creatures. What the embedded
-datasets test is kept out: the class combinations of `shapes` and four of its forms altogether, the last eight `textures`
-(pictures and words), the 24 `species` (their attribute combinations and their names).
+datasets test is kept out: the class combinations of `shapes` and four of its forms altogether, the last eight
+`textures` (pictures and words), the 24 `species` (their attribute combinations and their names).
 """
 
 from __future__ import annotations
