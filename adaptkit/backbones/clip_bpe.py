@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ftfy
-import regex  # type: ignore[import-untyped]
+import regex  # type: ignore[import-untyped]  # it has no stubs here
 
 from adaptkit.errors import BackboneError
 

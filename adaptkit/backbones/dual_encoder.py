@@ -81,11 +81,11 @@ class DualEncoder(Backbone):
         self.freeze()
 
     @property
-    def image_tower(self) -> ImageTower | None:  # type: ignore[override]
+    def image_tower(self) -> ImageTower | None:  # type: ignore[override]  # read-only here
         return self.image if isinstance(self.image, ImageTower) else None
 
     @property
-    def text_tower(self) -> TextTower | None:  # type: ignore[override]
+    def text_tower(self) -> TextTower | None:  # type: ignore[override]  # read-only here
         return self.text if isinstance(self.text, TextTower) else None
 
     def encode_image(self, pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -221,8 +221,8 @@ def _preprocessing(config: Mapping[str, Any], name: str, image_size: int) -> Pre
             f"The preprocessing of {name!r} isn't supported: mode {mode!r}, resize mode {resize!r}, interpolation"
             f" {interpolation!r}. It must be RGB; shortest or squash; bicubic or bilinear."
         )
-    kind = "bilinear" if interpolation == "bilinear" else "bicubic"
-    plain = Preprocessing(image_size, interpolation=kind, resize=resize)  # type: ignore[arg-type]
+    kind: Literal["bicubic", "bilinear"] = "bilinear" if interpolation == "bilinear" else "bicubic"
+    plain = Preprocessing(image_size, interpolation=kind, resize=resize)
     mean, std = config.get("mean"), config.get("std")
     return replace(plain, mean=triple(mean) if mean else plain.mean, std=triple(std) if std else plain.std)
 

@@ -42,7 +42,7 @@ class IntList(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
         return numbers
 
 
-class NameList(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class NameList(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # as above
     """Names separated by commas."""
 
     name = "names"

@@ -14,6 +14,7 @@ from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError, StorageError
 
 if TYPE_CHECKING:
+    from adaptkit.data.features import Precision
     from adaptkit.evaluation.protocols import RunOutcome
     from adaptkit.evaluation.results import RunKey
 
@@ -51,7 +52,7 @@ def command(
     allow_fewer: bool,
     device: str,
     batch_size: int,
-    precision: str,
+    precision: Precision,
     cache: str | None,
     as_json: bool,
 ) -> None:
@@ -84,7 +85,7 @@ def command(
     model = load_backbone(backbone, device=device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
     plans = [
-        plan_run(name, model, task, overrides=share, precision=precision)  # type: ignore[arg-type]
+        plan_run(name, model, task, overrides=share, precision=precision)
         for name, share in zip(chosen, shares, strict=True)
     ]
     check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)

@@ -32,7 +32,8 @@ def check(dataset: str, data_root: str | None, quick: bool, as_json: bool) -> No
     Example:
       adaptkit data check my_photos
     """
-    from adaptkit.data.sources import check_dataset, load_dataset
+    from adaptkit.data.checks import check_dataset
+    from adaptkit.data.sources import load_dataset
     from adaptkit.data.templates import preview
 
     found = load_dataset(dataset, data_root=data_root)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
+
+if TYPE_CHECKING:
+    from adaptkit.data.features import Precision
 
 
 @click.command("run", short_help="one method on one task")
@@ -42,7 +46,7 @@ def command(
     allow_fewer: bool,
     device: str,
     batch_size: int,
-    precision: str,
+    precision: Precision,
     cache: str | None,
     as_json: bool,
 ) -> None:
@@ -70,7 +74,7 @@ def command(
     data = _runs.load_data(name, data_root, templates, shots)
     task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
     model = load_backbone(backbone, device=device)
-    plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=precision)  # type: ignore[arg-type]
+    plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=precision)
     with console.progress_bars(not as_json) as progress:
         outcome = run_method(plan, model, store=FeatureStore(cache), batch_size=batch_size, progress=progress)
     write_run(target, outcome.result, outcome.predictions, outcome.model, overwrite=overwrite)

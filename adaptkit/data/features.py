@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -125,7 +125,9 @@ class _Views:
         """Pixels [k, 3, size, size]."""
         return torch.stack([self.pixels(index, view) for index in indices])
 
-    def batches(self, indices: Sequence[int], view: int, batch_size: int) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def batches(
+        self, indices: Sequence[int], view: int, batch_size: int
+    ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
         """(indices, pixels [k, 3, size, size]) in order; the next batches are made by threads meanwhile."""
         groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         # a user's torch dataset may not bear two threads at once; its single thread still works ahead
@@ -143,7 +145,7 @@ class _Views:
 
 def _made_ahead(
     make: Callable[[Sequence[int]], Tensor], groups: Sequence[Sequence[int]], workers: int
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     """Each group with what `make` made of it, in the groups' order; `workers` threads are at most one group ahead each.
 
     Decoding and resizing are Pillow's and leave Python's lock, so threads do.
@@ -596,7 +598,7 @@ class FeatureStore:
         parts: list[Tensor] = []
         done = 0
         batches = job.views.batches(list(slot_of), job.view, job.batch_size)
-        with contextlib.closing(batches):  # type: ignore[type-var]  # a generator, which has close()
+        with contextlib.closing(batches):
             try:
                 for images, pixels in batches:
                     features = _encode(job.views.backbone, pixels, job.precision)

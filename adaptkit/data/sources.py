@@ -16,25 +16,33 @@ Source: datasets sheet, sections 1-3 and 9.
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from adaptkit.config import check_templates
 from adaptkit.data.images import IMAGE_SUFFIXES
+from adaptkit.data.lists import (
+    SPLIT_NAMES,
+    Item,
+    Lists,
+    first_few,
+    in_several_splits,
+    many,
+    read_csv,
+    read_split_json,
+)
 from adaptkit.data.splits import (
     ArraySource,
     Dataset,
     FileSource,
     ImageSource,
-    S,
-    Split,
     TestSplit,
     TorchSource,
     TrainSplit,
@@ -42,23 +50,12 @@ from adaptkit.data.splits import (
     check_class_names,
 )
 from adaptkit.data.synthetic import DESCRIPTION_TEMPLATE, EMBEDDED, VERSION, is_embedded, load_embedded
-from adaptkit.data.templates import check_templates, display_name, templates_for
-from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageError, UnknownNameError
-from adaptkit.storage import check_relative, digest_file, read_json
-from adaptkit.types import ProgressCallback
+from adaptkit.data.templates import display_name, templates_for
+from adaptkit.errors import DataError, MissingPathError, UnknownNameError
+from adaptkit.storage import digest_file, read_json
 
 DATA_ROOT_VARIABLE = "ADAPTKIT_DATA_ROOT"
 TRAIN_SHARE, VAL_SHARE = 0.5, 0.2
-
-_SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-_MAX_TABLE_BYTES = 256 * 2**20
-_LISTED = 5  # problems named in one message
 
 
 @dataclass(frozen=True)
@@ -136,17 +133,6 @@ COOP_DATASETS: Mapping[str, CoopDataset] = MappingProxyType(
 
 _BY_FILE = {known.json: name for name, known in COOP_DATASETS.items()}
 _WITHOUT_JSON = ("imagenet", "fgvc_aircraft")  # in CoOp's suite, with index files of their own
-
-
-class Item(NamedTuple):
-    """One image of a list: path relative to the image folder, and label."""
-
-    path: str
-    label: int
-
-
-Lists = dict[str, list[Item]]
-"""Images by split ("train", "val", "test")."""
 
 _Parts = tuple[tuple[str, ...], np.ndarray, tuple[str, ...], ImageSource, np.ndarray]
 """What a split is made of: ids, labels, class names, source, positions."""
@@ -317,22 +303,13 @@ def _list_notes(found: _Found) -> list[str]:
     notes = [] if found.lists["test"] else ["there are no test images"]
     without = len(found.stored_names) - len({item.label for item in found.lists["test"]})
     if found.lists["test"] and without:
-        notes.append(f"{without} of {_many(len(found.stored_names), 'class')} without test images")
-    shared = _shared({split: [item.path for item in items] for split, items in found.lists.items()})
+        notes.append(f"{without} of {many(len(found.stored_names), 'class')} without test images")
+    shared = in_several_splits({split: [item.path for item in items] for split, items in found.lists.items()})
     if shared:
         notes.append(
-            f"{_many(len(shared), 'image')} in more than one split, so results are too good: {_first(list(shared))}"
+            f"{many(len(shared), 'image')} in more than one split, so results are too good: {first_few(list(shared))}"
         )
     return notes
-
-
-def _shared(ids: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    """Names that are in more than one split, with the splits."""
-    places: dict[str, list[str]] = {}
-    for split, names in ids.items():
-        for name in dict.fromkeys(names):
-            places.setdefault(name, []).append(split)
-    return {name: tuple(splits) for name, splits in places.items() if len(splits) > 1}
 
 
 def _display_names(stored: Sequence[str], given: Mapping[str, str] | str | Path | None, where: str) -> tuple[str, ...]:
@@ -352,8 +329,8 @@ def _display_names(stored: Sequence[str], given: Mapping[str, str] | str | Path 
     unknown = sorted(set(mapping) - set(stored))
     if unknown:
         raise DataError(
-            f"Display names are given for {_many(len(unknown), 'class')} that {where} hasn't ({_first(unknown)}); its"
-            f" classes are stored as {_first(stored)}."
+            f"Display names are given for {many(len(unknown), 'class')} that {where} hasn't ({first_few(unknown)}); its"
+            f" classes are stored as {first_few(stored)}."
         )
     shown = tuple(display_name(mapping.get(name, name)) for name in stored)
     check_class_names(shown, where)
@@ -403,7 +380,7 @@ def _own_split(by_class: Mapping[str, Sequence[str]], seed: int, shots: int | No
     notes = [f"own split, not comparable with published ones: 50/20/30 per class, seed {seed}"]
     if raised:
         notes.append(
-            f"{_many(raised, 'class')} too small for {shots} shots under the 50/20/30 rule: {shots} images kept for"
+            f"{many(raised, 'class')} too small for {shots} shots under the 50/20/30 rule: {shots} images kept for"
             " training, so the test images depend on the number of shots"
         )
     return lists, notes
@@ -433,7 +410,7 @@ def _split_folders(path: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for folder in _listing(path)[0]:
-        split = _SPLIT_NAMES.get(folder.lower())
+        split = SPLIT_NAMES.get(folder.lower())
         if split and split in found:
             raise DataError(f"{path} has two folders of {split} images, {found[split]}/ and {folder}/: keep one.")
         if split:
@@ -456,14 +433,14 @@ def _read_split_folders(path: Path, splits: Mapping[str, str]) -> tuple[Lists, t
         extra = [name for name in by_class if name not in stored]
         if extra:
             raise DataError(
-                f"{path / folder} has {_many(len(extra), 'class')} that {splits['train']}/ hasn't ({_first(extra)}):"
+                f"{path / folder} has {many(len(extra), 'class')} that {splits['train']}/ hasn't ({first_few(extra)}):"
                 " every class needs training images."
             )
         for name, files in by_class.items():
             lists[split] += [Item(f"{folder}/{name}/{file}", stored.index(name)) for file in files]
     others = [name for name in _listing(path)[0] if name not in splits.values()]
     if others:
-        notes.append(f"folders beside the splits aren't read: {_first(others)}")
+        notes.append(f"folders beside the splits aren't read: {first_few(others)}")
     return lists, stored, notes
 
 
@@ -476,7 +453,7 @@ def _read_classes(path: Path, *, needs_images: bool) -> tuple[dict[str, list[str
     folders, files = _listing(path)
     if not folders:
         loose = sum(map(_is_image, files))
-        held = f"it holds {_many(loose, 'image')} in none" if loose else "it is empty" if not files else "only files"
+        held = f"it holds {many(loose, 'image')} in none" if loose else "it is empty" if not files else "only files"
         raise DataError(
             f"{path} has no class folders ({held}): put the images of each class into a folder of its name."
         )
@@ -488,9 +465,9 @@ def _read_classes(path: Path, *, needs_images: bool) -> tuple[dict[str, list[str
         nested += bool(inner)
         if needs_images and not by_class[folder]:
             raise DataError(_no_images(path, folder, inner, names))
-    notes = [f"{path.name}: {_many(unread, 'file')} without the suffix of an image left out"] if unread else []
+    notes = [f"{path.name}: {many(unread, 'file')} without the suffix of an image left out"] if unread else []
     if nested:
-        notes.append(f"{path.name}: sub-folders inside {_many(nested, 'class')} left out")
+        notes.append(f"{path.name}: sub-folders inside {many(nested, 'class')} left out")
     return by_class, notes
 
 
@@ -503,7 +480,7 @@ def _no_images(path: Path, folder: str, inner: Sequence[str], files: Sequence[st
             f"The class folder {path / folder} holds folders instead of images: images lie right inside class folders,"
             " and splits are called train, val and test (a train folder needs a test or val folder beside it)."
         )
-    what = f"{_many(len(files), 'file')} but no images" if files else "no images"
+    what = f"{many(len(files), 'file')} but no images" if files else "no images"
     return f"The class folder {path / folder} has {what}: add some ({', '.join(IMAGE_SUFFIXES)}), or remove it."
 
 
@@ -534,106 +511,21 @@ def _listing(path: Path) -> tuple[list[str], list[str]]:
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    """One line of a table: where it stands in the file, and its cells ("" where there is no such column)."""
-
-    where: str
-    path: str
-    label: str
-    class_name: str
-    split: str
-
-
 def _find_csv(path: Path, image_root: str | Path | None, seed: int, shots: int | None) -> _Found:
-    rows, columns = _read_table(path)
-    problems = _Problems(path)
-    for row in rows:
-        problems.check_path(row.where, row.path)
-        if not (row.class_name or row.label):
-            problems.add(row.where, "has no class")
-        if "split" in columns and row.split.lower() not in _SPLIT_NAMES:
-            problems.add(row.where, f"has the split {row.split!r}; train, val and test are accepted")
-    problems.stop()
-    stored, labels = _classes_of(rows, columns, problems)
-    for row, label in zip(rows, labels, strict=True):
-        problems.check_label_of(row.where, row.path, label)
-    problems.stop()
-    notes = []
+    table = read_csv(path)
+    stored, lists, notes = table.stored_names, table.lists, []
     if all(name.isdecimal() for name in stored):
         notes.append("class names are numbers, which say nothing to a text tower: give display names")
     source: dict[str, Any] = {"kind": "csv", "path": os.fspath(path)}
-    if "split" in columns:
-        lists: Lists = {"train": [], "val": [], "test": []}
-        for row, label in zip(rows, labels, strict=True):
-            lists[_SPLIT_NAMES[row.split.lower()]].append(Item(row.path, label))
-        problems.check_train(lists, stored)
-        problems.stop()
-    else:
+    if lists is None:
         by_class: dict[str, list[str]] = {name: [] for name in stored}
-        for row, label in zip(rows, labels, strict=True):
-            by_class[stored[label]].append(row.path)
+        for item in table.items:
+            by_class[stored[item.label]].append(item.path)
         lists, split_notes = _own_split(
             {name: list(dict.fromkeys(paths)) for name, paths in by_class.items()}, seed, shots
         )
         notes, source = split_notes + notes, source | {"split_seed": seed}
     return _Found(path.stem, stored, lists, _image_root(image_root) or path.parent, False, source, notes)
-
-
-def _read_table(path: Path) -> tuple[list[_Row], tuple[str, ...]]:
-    """A CSV's rows and its column names, in lower case. Commas, semicolons and tabs may separate the cells.
-
-    Raises:
-        DataError: Too large, not UTF-8, no header with `path` and `label` or `class_name`, no rows, or a short row.
-    """
-    if path.stat().st_size > _MAX_TABLE_BYTES:
-        raise DataError(f"{path} is too large: at most {_MAX_TABLE_BYTES:,} bytes are accepted.")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            lines = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
-            table = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if any(map(str.strip, line))]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} isn't UTF-8 text (byte {error.start}): save it as UTF-8.") from error
-    except csv.Error as error:
-        raise DataError(f"{path} isn't a readable CSV: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
-    header = tuple(cell.lower() for cell in table[0][1]) if table else ()
-    if "path" not in header or not {"label", "class_name"} & set(header) or len(set(header)) != len(header):
-        shown = ", ".join(header) or "nothing"
-        raise DataError(
-            f"{path} has the header {shown}; 'path,label' or 'path,class_name' is needed, then maybe 'split'."
-        )
-    if len(table) < 2:
-        raise DataError(f"{path} has a header and no rows: add one row per image.")
-    rows = []
-    for number, cells in table[1:]:
-        if len(cells) != len(header):
-            raise DataError(f"{path}, line {number} has {len(cells)} cells, and the header has {len(header)}.")
-        named = dict(zip(header, cells, strict=True))
-        rows.append(_Row(f"line {number}", *(named.get(column, "") for column in _Row._fields[1:])))
-    return rows, header
-
-
-def _classes_of(rows: Sequence[_Row], columns: Sequence[str], problems: _Problems) -> tuple[tuple[str, ...], list[int]]:
-    """Stored class names and each row's label.
-
-    With both columns, `label` numbers the classes and `class_name` names them; with one, its distinct values are the
-    classes, sorted (as numbers where all are).
-    """
-    if "label" in columns and "class_name" in columns:
-        for row in rows:
-            problems.check_label(row.where, int(row.label) if row.label.isdecimal() else row.label, row.class_name)
-        stored = problems.class_names()
-        problems.stop()
-        return stored, [int(row.label) for row in rows]
-    values = [row.class_name or row.label for row in rows]
-    stored = tuple(sorted(set(values)))
-    if all(value.isdecimal() for value in stored):
-        stored = tuple(sorted(stored, key=int))
-    index = {name: label for label, name in enumerate(stored)}
-    return stored, [index[value] for value in values]
 
 
 # --- split_zhou JSON -----------------------------------------------------------------------------------------------
@@ -685,131 +577,6 @@ def _layout_root(path: Path, name: str, data_root: Path | None) -> Path:
     if data_root is not None:
         candidates.append(data_root / known.folder / known.images)
     return next((folder for folder in candidates if folder.is_dir()), path.parent)
-
-
-def read_split_json(path: str | Path) -> tuple[Lists, tuple[str, ...]]:
-    """Read and check a JSON shaped like CoOp's split files.
-
-    Args:
-        path: A file with one object of exactly `train`, `val` and `test`, each a list of [path, label, class name];
-            `val` and `test` may be empty. Labels run from 0 without gaps, and each has one name and training images.
-
-    Returns:
-        The lists, in the file's order, and the stored class names by label.
-
-    Raises:
-        DataError: Anything else, all of it in one message.
-        MissingPathError: No such file.
-        StorageError: Not JSON, or too large.
-    """
-    path = Path(path)
-    content = read_json(path, _MAX_TABLE_BYTES)
-    problems = _Problems(path)
-    if not isinstance(content, dict) or set(content) != {"train", "val", "test"}:
-        held = ", ".join(map(repr, list(content)[:_LISTED])) if isinstance(content, dict) else type(content).__name__
-        raise DataError(
-            f"{path} holds {held or 'nothing'}; an object of exactly 'train', 'val' and 'test' is accepted."
-        )
-    lists: Lists = {"train": [], "val": [], "test": []}
-    for split in lists:
-        if not isinstance(content[split], list):
-            problems.add(split, f"is a {type(content[split]).__name__}, not a list")
-            continue
-        for number, entry in enumerate(content[split]):
-            item = problems.check_entry(f"{split}[{number}]", entry)
-            if item is not None:
-                lists[split].append(item)
-    stored = problems.class_names()
-    problems.check_train(lists, stored)
-    problems.stop()
-    return lists, stored
-
-
-class _Problems:
-    """Everything wrong with a list of images, collected, so that a file is repaired in one go."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sentences: list[str] = []
-        self.names: dict[int, str] = {}
-        self.labels: dict[str, int] = {}
-
-    def add(self, where: str, what: str) -> None:
-        self.sentences.append(f"{where} {what}")
-
-    def stop(self) -> None:
-        """Raise what was collected.
-
-        Raises:
-            DataError: Anything was.
-        """
-        count = len(self.sentences)
-        if count:
-            listed = "; ".join(self.sentences[:_LISTED]) + ("; …" if count > _LISTED else "")
-            raise DataError(f"{self.path} has {_many(count, 'problem')}: {listed}.")
-
-    def check_path(self, where: str, path: str) -> bool:
-        try:
-            check_relative(path)
-        except StorageError as error:
-            self.add(where, f"isn't accepted ({str(error).rstrip('.')})")
-            return False
-        return True
-
-    def check_label(self, where: str, label: Any, name: Any) -> bool:
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
-            self.add(where, f"has the label {label!r}, not a whole number from 0")
-        elif not isinstance(name, str) or not name.strip():
-            self.add(where, f"has the class name {name!r}, not a text")
-        elif self.names.setdefault(label, name) != name:
-            self.add(where, f"calls label {label} {name!r}, and an earlier one {self.names[label]!r}")
-        else:
-            return True
-        return False
-
-    def check_label_of(self, where: str, path: str, label: int) -> None:
-        if self.labels.setdefault(path, label) != label:
-            self.add(where, f"gives {path!r} a second label")
-
-    def check_entry(self, where: str, entry: Any) -> Item | None:
-        if not isinstance(entry, list) or len(entry) != 3:
-            self.add(where, "isn't [path, label, class name]")
-            return None
-        path, label, name = entry
-        if not isinstance(path, str):
-            self.add(where, f"has the path {path!r}, not a text")
-            return None
-        if not self.check_path(where, path) or not self.check_label(where, label, name):
-            return None
-        self.check_label_of(where, path, label)
-        return Item(path, label)
-
-    def class_names(self) -> tuple[str, ...]:
-        """The names by label; labels must run from 0 without gaps."""
-        labels = sorted(self.names)
-        if labels and labels != list(range(len(labels))):
-            missing = next(number for number, label in enumerate(labels) if number != label)
-            self.add("labels", f"run from {labels[0]} to {labels[-1]} without {missing}; 0, 1, 2, … is accepted")
-            return ()
-        return tuple(self.names[label] for label in labels)
-
-    def check_train(self, lists: Lists, stored: Sequence[str]) -> None:
-        trained = {item.label for item in lists["train"]}
-        without = [name for label, name in enumerate(stored) if label not in trained]
-        if not trained:
-            self.add("train", "has no images")
-        elif without:
-            self.add("train", f"has no images of {_many(len(without), 'class')} ({_first(without)})")
-
-
-def _many(count: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 # --- torch datasets ------------------------------------------------------------------------------------------------
@@ -892,145 +659,3 @@ def _torch_labels(dataset: Any, kind: str) -> list[int]:
         return [int(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise DataError(f"The {kind} dataset has labels that aren't whole numbers ({error}).") from error
-
-
-# --- checks --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """What `check_dataset` found.
-
-    Args:
-        name: The dataset's.
-        counts: Images by split and class name.
-        missing: Files that aren't there.
-        corrupt: (file, sentence) of images that can't be read.
-        duplicates: (name, splits) of images that are in more than one split.
-        fewest: (class name, training images) of the classes that have fewest, at most five.
-        images_opened: Whether every image was decoded, or only looked for.
-        problems: All of it in sentences; empty means that the dataset can be used.
-    """
-
-    name: str
-    counts: dict[str, dict[str, int]]
-    missing: list[str]
-    corrupt: list[tuple[str, str]]
-    duplicates: list[tuple[str, tuple[str, ...]]]
-    fewest: list[tuple[str, int]]
-    images_opened: bool
-    problems: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-def check_dataset(dataset: Dataset, *, images: bool = True, progress: ProgressCallback | None = None) -> DatasetReport:
-    """Look at every image of a dataset.
-
-    Args:
-        dataset: Any.
-        images: Decode every image; False only looks whether the files are there.
-        progress: Called as (what, images done, images in all).
-
-    Returns:
-        Counts and everything that is wrong; nothing is raised for a bad image.
-    """
-    missing: list[str] = []
-    corrupt: list[tuple[str, str]] = []
-    total, done = sum(map(len, dataset.splits.values())), 0
-    for split in dataset.splits.values():
-        for index in range(len(split)):
-            reason = _unreadable(split, index, images)
-            if isinstance(reason, MissingPathError):
-                missing.append(_place(split, index))
-            elif reason is not None:
-                corrupt.append((_place(split, index), str(reason)))
-            done += 1
-            if progress:
-                progress(f"checking {dataset.name}", done, total)
-    counts = {
-        kind: dict(zip(dataset.class_names, split.counts(), strict=True)) for kind, split in dataset.splits.items()
-    }
-    duplicates = list(_shared({kind: split.ids for kind, split in dataset.splits.items()}).items())
-    fewest = sorted(counts["train"].items(), key=lambda pair: pair[1])[:_LISTED]
-    problems = _report_problems(dataset, missing, corrupt, duplicates, counts)
-    return DatasetReport(dataset.name, counts, missing, corrupt, duplicates, fewest, images, problems)
-
-
-def _report_problems(
-    dataset: Dataset,
-    missing: Sequence[str],
-    corrupt: Sequence[tuple[str, str]],
-    duplicates: Sequence[tuple[str, tuple[str, ...]]],
-    counts: Mapping[str, Mapping[str, int]],
-) -> list[str]:
-    problems = []
-    if missing:
-        problems.append(f"{_many(len(missing), 'image file')} missing; the first: {missing[0]}")
-    if corrupt:
-        problems.append(f"{_many(len(corrupt), 'image')} can't be read; the first: {corrupt[0][1]}")
-    if duplicates:
-        name, splits = duplicates[0]
-        problems.append(
-            f"{_many(len(duplicates), 'image')} in more than one split; the first: {name} ({' and '.join(splits)})"
-        )
-    for kind in ("train", "test"):
-        without = [name for name, count in counts.get(kind, {}).items() if not count]
-        if without:
-            problems.append(f"{_many(len(without), 'class')} without {kind} images: {_first(without)}")
-    if "test" not in counts:
-        problems.append(f"{dataset.name} has no test images")
-    return problems
-
-
-def drop_unreadable(split: S, *, progress: ProgressCallback | None = None) -> tuple[S, list[tuple[str, str]]]:
-    """A split without the images that can't be read, and what was left out and why. Only ever on request.
-
-    Args:
-        split: Training or validation images. Test images stay: leaving some out would change the score.
-        progress: Called as (what, images done, images in all).
-
-    Returns:
-        The readable part, and (path, reason) of each image left out.
-
-    Raises:
-        DataError: A test split.
-    """
-    if isinstance(split, TestSplit):
-        raise DataError("Unreadable test images aren't skipped, because that would change the score: repair the files.")
-    kept: list[int] = []
-    dropped: list[tuple[str, str]] = []
-    for index in range(len(split)):
-        reason = _unreadable(split, index, True)
-        if reason is None:
-            kept.append(index)
-        else:
-            dropped.append((_place(split, index), str(reason)))
-        if progress:
-            progress(f"reading {split.kind} images", index + 1, len(split))
-    return split.subset(kept), dropped
-
-
-def _unreadable(split: Split, index: int, decode: bool) -> Exception | None:
-    """Why an image can't be read, or None."""
-    try:
-        if decode:
-            split.image(index)
-        else:
-            path = split.path(index)
-            if path is not None and not path.is_file():
-                return MissingPathError(f"There is no image file {path}.")
-    except (AdaptKitError, OSError) as error:  # the second from torch datasets that open files themselves
-        return error
-    return None
-
-
-def _place(split: Split, index: int) -> str:
-    """The image's path, its name where it has none or the path leads out of its folder."""
-    try:
-        path = split.path(index)
-    except StorageError:
-        path = None
-    return split.ids[index] if path is None else os.fspath(path)

@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adaptkit.data.checks import check_dataset
 from adaptkit.data.few_shot import sample_few_shot
 from adaptkit.data.sources import (
     COOP_DATASETS,
-    check_dataset,
-    drop_unreadable,
     from_torch_dataset,
     known_names,
     load_dataset,
-    read_split_json,
     split_sizes,
 )
 from adaptkit.data.splits import TestSplit, TrainSplit, ValSplit
@@ -483,15 +481,6 @@ def test_refused_json(content, part, tmp_path):
         load_dataset(write(tmp_path / "own.json", json.dumps(content)))
 
 
-def test_every_problem_is_counted_and_the_first_are_listed(tmp_path):
-    content = {"train": [["/x", 0, "a"]] * 7 + [["x", 0, "a"]], "val": [3], "test": [["y", "1", "b"]]}
-    with pytest.raises(DataError) as caught:
-        read_split_json(write(tmp_path / "own.json", json.dumps(content)))
-    assert "has 9 problems: train[0]" in str(caught.value)
-    assert "train[4]" in str(caught.value)
-    assert "train[5]" not in str(caught.value)
-
-
 def test_two_labels_with_one_name(tmp_path):
     with pytest.raises(DataError, match="twice"):
         load_dataset(
@@ -650,69 +639,3 @@ def test_refused_torch_datasets():
         from_torch_dataset(Memory([1, 2]))
     with pytest.raises(DataError, match="aren't whole numbers"):
         from_torch_dataset(Memory(["ant", "bee"]))
-
-
-# --- checks --------------------------------------------------------------------------------------------------------
-
-
-def damaged(tmp_path: Path) -> Path:
-    """Splits with a truncated training image, a validation image that is none, and a class without test images."""
-    save_classes(tmp_path / "train", {"a": 3, "b": 1})
-    save_classes(tmp_path / "val", {"a": 2})
-    save_classes(tmp_path / "test", {"a": 2})
-    cut = tmp_path / "train" / "a" / "001.png"
-    cut.write_bytes(cut.read_bytes()[:60])
-    write(tmp_path / "val" / "a" / "000.png", "no image")
-    return tmp_path
-
-
-def test_report(tmp_path):
-    dataset = load_dataset(damaged(tmp_path))
-    (tmp_path / "test" / "a" / "001.png").unlink()
-    seen = []
-    report = check_dataset(dataset, progress=lambda *state: seen.append(state))
-    assert report.counts == {"train": {"a": 3, "b": 1}, "val": {"a": 2, "b": 0}, "test": {"a": 2, "b": 0}}
-    assert report.missing == [str(tmp_path / "test/a/001.png")]
-    assert [Path(path).parent.parent.name for path, _ in report.corrupt] == ["train", "val"]
-    assert all(path in sentence for path, sentence in report.corrupt)
-    assert report.fewest == [("b", 1), ("a", 3)]
-    assert len(report.problems) == 3
-    assert "1 class without test images: b" in report.problems[-1]
-    assert [done for _, done, _ in seen] == list(range(1, 9))
-    assert {total for _, _, total in seen} == {8}
-    assert json.loads(json.dumps(report.to_dict()))["counts"]["train"] == {"a": 3, "b": 1}
-
-
-def test_report_without_opening(tmp_path):
-    dataset = load_dataset(damaged(tmp_path))
-    report = check_dataset(dataset, images=False)
-    assert (report.missing, report.corrupt, report.images_opened) == ([], [], False)
-
-
-def test_report_on_embedded():
-    report = check_dataset(load_dataset("digits"))
-    assert report.problems == []
-    assert sum(report.counts["train"].values()) == 898
-    assert len(report.fewest) == 5
-
-
-def test_fewest_lists_the_smallest_first(tmp_path):
-    counts = {"a": 5, "b": 1, "c": 4, "d": 2, "e": 3, "f": 6}
-    save_classes(tmp_path / "train", counts)
-    save_classes(tmp_path / "test", dict.fromkeys(counts, 1))
-    assert check_dataset(load_dataset(tmp_path)).fewest == [("b", 1), ("d", 2), ("e", 3), ("c", 4), ("a", 5)]
-
-
-def test_unreadable_images_are_dropped_on_request(tmp_path):
-    dataset = load_dataset(damaged(tmp_path))
-    train, dropped = drop_unreadable(dataset.train)
-    assert isinstance(train, TrainSplit)
-    assert train.ids == ("train/a/000.png", "train/a/002.png", "train/b/000.png")
-    assert train.labels.tolist() == [0, 0, 1]
-    assert [path for path, _ in dropped] == [str(tmp_path / "train/a/001.png")]
-    assert "damaged or cut off" in dropped[0][1]
-    val, dropped = drop_unreadable(dataset.val)
-    assert val.ids == ("val/a/001.png",)
-    assert "isn't an image" in dropped[0][1]
-    with pytest.raises(DataError, match="would change the score"):
-        drop_unreadable(dataset.test)
