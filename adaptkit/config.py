@@ -175,7 +175,7 @@ def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
         places = template.count("{}")
         if places != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
             raise ConfigError(
-                f"The template {template!r} has {places} places for the class name; write {{}} exactly once and no"
+                f"The template {template!r} has {places} places for the class name; write exactly one {{}} and no"
                 " other braces, as in 'a photo of a {}.'."
             )
     return checked
