@@ -21,27 +21,6 @@ def apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
-class IntList(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
-    """Whole numbers separated by commas, or a range: "1,2,3" or "1-3"."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            if "-" in str(value).lstrip("-"):
-                first, last = (int(part) for part in str(value).split("-"))
-                numbers = tuple(range(first, last + 1))
-            else:
-                numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers: write 1,2,3 or 1-3.", param, ctx)
-        if not numbers or len(set(numbers)) < len(numbers):
-            self.fail(f"{value!r} names no number, or one twice: write 1,2,3 or 1-3.", param, ctx)
-        return numbers
-
-
 class NameList(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # as above
     """Names separated by commas."""
 
@@ -104,6 +83,16 @@ data_options = apply(
             help="How shots are drawn; which papers draw how is listed in the documentation of adaptkit.data.few_shot.",
         ),
         click.option("--allow-fewer", is_flag=True, help="Accept classes with fewer images than shots (reported)."),
+        click.option(
+            "--display-names",
+            type=click.Path(dir_okay=False),
+            help='JSON file of class names as the text tower shall read them: {"cls_07": "red fox"}.',
+        ),
+        click.option(
+            "--skip-unreadable",
+            is_flag=True,
+            help="Leave out training and validation images that can't be read (counted in the result; never in test).",
+        ),
     ]
 )
 protocol_options = apply(

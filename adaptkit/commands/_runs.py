@@ -16,11 +16,32 @@ if TYPE_CHECKING:
     from adaptkit.evaluation.results import RunResult
 
 
-def load_data(name: str, data_root: str | None, templates: Sequence[str], shots: int | None = None) -> Dataset:
-    """The dataset, with the templates given on the command line."""
+def load_data(
+    name: str,
+    data_root: str | None,
+    templates: Sequence[str],
+    shots: int | None = None,
+    display_names: str | None = None,
+    skip_unreadable: bool = False,
+) -> Dataset:
+    """The dataset as the command line asks for it; skipped images are counted in its notes."""
+    from dataclasses import replace
+
+    from adaptkit.data.checks import drop_unreadable
     from adaptkit.data.sources import load_dataset
 
-    return load_dataset(name, data_root=data_root, templates=list(templates) or None, shots=shots)
+    data = load_dataset(
+        name, data_root=data_root, templates=list(templates) or None, shots=shots, display_names=display_names
+    )
+    if not skip_unreadable:
+        return data
+    train, dropped = drop_unreadable(data.train)
+    val = data.val
+    if val is not None:
+        val, more = drop_unreadable(val)
+        dropped += more
+    notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
+    return replace(data, train=train, val=val, notes=(*data.notes, *notes))
 
 
 def check_out(folder: Path) -> None:

@@ -50,6 +50,8 @@ def command(
     templates: tuple[str, ...],
     sampler: str,
     allow_fewer: bool,
+    display_names: str | None,
+    skip_unreadable: bool,
     device: str,
     batch_size: int,
     precision: Precision,
@@ -80,7 +82,7 @@ def command(
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
 
-    data = _runs.load_data(data_name, data_root, templates, shots)
+    data = _runs.load_data(data_name, data_root, templates, shots, display_names, skip_unreadable)
     task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
     model = load_backbone(backbone, device=device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)

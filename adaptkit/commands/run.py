@@ -44,6 +44,8 @@ def command(
     templates: tuple[str, ...],
     sampler: str,
     allow_fewer: bool,
+    display_names: str | None,
+    skip_unreadable: bool,
     device: str,
     batch_size: int,
     precision: Precision,
@@ -71,7 +73,7 @@ def command(
     from adaptkit.evaluation.protocols import make_task, plan_run, run_method
     from adaptkit.evaluation.results import write_run
 
-    data = _runs.load_data(name, data_root, templates, shots)
+    data = _runs.load_data(name, data_root, templates, shots, display_names, skip_unreadable)
     task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
     model = load_backbone(backbone, device=device)
     plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -84,6 +85,33 @@ def test_bad_folders_are_refused(refused, photos, tmp_path):
     assert not out.exists()
     assert "one dataset" in refused("run", "--method", "zero-shot")
     assert "one dataset" in refused("run", "digits", "--dataset", "shapes", "--method", "zero-shot")
+
+
+def test_unreadable_training_images_are_left_out_on_request_and_counted(call, refused, photos, tmp_path):
+    for kind in ("train", "test"):
+        for label in ("oak", "yew"):
+            (photos / kind / label).mkdir(parents=True, exist_ok=True)
+            for index, path in enumerate(sorted((photos / label).glob("*.png"))):
+                if (index % 2 == 0) == (kind == "train"):
+                    path.rename(photos / kind / label / path.name)
+    for label in ("beech", "oak", "pine", "yew"):
+        shutil.rmtree(photos / label)
+    (photos / "train" / "oak" / "2.png").write_text("no picture")
+    words = ["run", photos, "--method", "linear-probe", "--shots", 3, "--out", tmp_path / "out", "--skip-unreadable"]
+    outcome = call(*words, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    assert any("1 unreadable" in warning and "2.png" in warning for warning in json.loads(outcome.stdout)["warnings"])
+    (photos / "test" / "oak" / "3.png").write_text("no picture")
+    assert "3.png" in refused(*words, "--overwrite").replace("\n", "")
+
+
+def test_display_names_reach_the_text_tower(call, refused, photos, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps({"oak": "red circle"}))
+    words = ["run", photos, "--method", "zero-shot", "--shots", 2, "--out", tmp_path / "out", "--display-names"]
+    outcome = call(*words, tmp_path / "names.json", "--json")
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.stdout)["class_names"] == ["beech", "red circle", "pine", "yew"]
+    assert "absent.json" in refused(*words, tmp_path / "absent.json", "--overwrite").replace("\n", "")
 
 
 def test_output_folders_are_looked_at_first(refused, photos, tmp_path, monkeypatch):
