@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 run: $(READY)  ## a real few-shot experiment on real images, with the embedded backbone
-	@$(BIN)/adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,linear-probe,tip-adapter,tip-adapter-f,clip-adapter,coop,maple --out runs/first
+	@$(BIN)/adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,linear-probe,tip-adapter,tip-adapter-f,clip-adapter,coop,maple --out runs/first --overwrite
 	@echo && echo "Predict an image with the best adapter just saved:"
 	@echo "  $(BIN)/adaptkit predict runs/first/best tests/images/three.png"
 

@@ -12,7 +12,6 @@ from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
     from adaptkit.data.splits import Dataset
-    from adaptkit.evaluation.protocols import RunOutcome
     from adaptkit.evaluation.results import RunResult
 
 
@@ -89,11 +88,10 @@ def scores(result: RunResult) -> list[str]:
     return [*cells, *([console.percent(result.harmonic_mean)] if result.harmonic_mean is not None else [])]
 
 
-def summary(outcome_or_result: RunOutcome | RunResult) -> dict[str, Any]:
+def summary(result: RunResult) -> dict[str, Any]:
     """A run as --json shows it."""
     from dataclasses import asdict
 
-    result = getattr(outcome_or_result, "result", outcome_or_result)
     return asdict(result)
 
 

@@ -144,18 +144,15 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
         UnknownNameError: No such recipe.
         ConfigError: The recipe is for another method or protocol.
     """
-    if name is not None:
-        if name == "none":
-            return None
-        variant = f"{method}/{protocol}-{name}"
-        recipe = (
-            find_recipe(method, protocol, name) if "/" not in name and not name.endswith((".yaml", ".yml")) else None
-        )
-        recipe = recipe or load_recipe(variant if "/" not in name and not name.endswith((".yaml", ".yml")) else name)
-        recipe.check_fits(method, protocol)
-        return recipe
-    variant = "quick" if backbone.spec.family == "mini" else ""
-    return find_recipe(method, protocol, variant) or find_recipe(method, protocol)
+    if name == "none":
+        return None
+    if name is None:
+        variant = "quick" if backbone.spec.family == "mini" else ""
+        return find_recipe(method, protocol, variant) or find_recipe(method, protocol)
+    whole = "/" in name or name.endswith((".yaml", ".yml"))
+    recipe = load_recipe(name if whole else f"{method}/{protocol}-{name}")
+    recipe.check_fits(method, protocol)
+    return recipe
 
 
 def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
@@ -207,7 +204,6 @@ def plan_run(
     *,
     recipe: str | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    file: str | None = None,
     precision: Precision = "fp32",
 ) -> RunPlan:
     """Check everything about a run that can be checked before any work starts.
@@ -218,7 +214,6 @@ def plan_run(
         task: From `make_task`.
         recipe: A recipe's name, a variant ("csc"), a YAML file, "none" for the method's defaults; None chooses.
         overrides: As after --set.
-        file: YAML file with settings.
         precision: Of the frozen encoder.
 
     Raises:
@@ -227,7 +222,7 @@ def plan_run(
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
-    resolved = resolve(kind, chosen, overrides, file=file, shots=task.few_shot.shots, dataset=task.dataset.name)
+    resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
     settings = {
         "method": to_mapping(resolved.config),
         "training": to_mapping(resolved.training) if kind.default_training is not None else {},

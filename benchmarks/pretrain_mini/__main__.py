@@ -1,6 +1,6 @@
 """Train `mini` from scratch: attributes first, then captions beside them.
 
-    python -m benchmarks.pretrain_mini --steps 6000 --out mini_weights
+    python -m benchmarks.pretrain_mini --out mini_weights
 
 Writes `model.safetensors` (fp16; of the token embeddings only the rows of trained tokens) and `training.json`. Drawn
 pictures only; see `stream`. Fonts: Debian's packages are listed in README.md beside this file.
@@ -134,17 +134,11 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, left)
 
 
-def new_words(captions: Captions, model: Trainee, texts: list[str]) -> list[str]:
-    """Captions all of whose tokens are trained (an invented name may hold a rare piece)."""
-    known = set(model.rows.tolist())
-    return [text for text in texts if known.issuperset(captions.pieces(text))]
-
-
 @click.command()
-@click.option("--steps", default=6000, show_default=True)
-@click.option("--text-from", default=0.35, show_default=True, help="Share of the steps on attributes alone.")
+@click.option("--steps", default=1800, show_default=True)
+@click.option("--text-from", default=0.3, show_default=True, help="Share of the steps on attributes alone.")
 @click.option("--batch-size", default=256, show_default=True)
-@click.option("--lr", default=1.5e-3, show_default=True)
+@click.option("--lr", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
