@@ -66,6 +66,7 @@ def progress_bars(shown: bool) -> Iterator[ProgressCallback]:
 
     def show(what: str, done: int, total: int) -> None:
         # the text after the first colon (loss, accuracy) changes within one step; what stands before names the step
+        bars.start()  # at the first step, so that an error before it leaves standard error clean
         label = what.split(":")[0]
         if current["label"] != label:
             if current["task"] is not None:
@@ -73,8 +74,11 @@ def progress_bars(shown: bool) -> Iterator[ProgressCallback]:
             current.update(label=label, task=bars.add_task(what, total=total))
         bars.update(current["task"], description=what, completed=done, total=total)
 
-    with bars:
+    try:
         yield show
+    finally:
+        if current["task"] is not None:
+            bars.stop()
 
 
 def percent(fraction: float | None) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from adaptkit.data.features import Precision
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,3 +112,47 @@ protocol_options = apply(
         click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Images per class."),
     ]
 )
+_task_options = apply(
+    [
+        click.argument("dataset_argument", metavar="[DATASET]", required=False),
+        click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument)."),
+        backbone_option,
+        protocol_options,
+        click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views."),
+        data_options,
+        engine_options,
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What `run` and `compare` are told about the task and the machine; the fields are the options' names."""
+
+    dataset: str
+    backbone: str
+    protocol: str
+    shots: int
+    seed: int
+    data_root: str | None
+    templates: tuple[str, ...]
+    sampler: str
+    allow_fewer: bool
+    display_names: str | None
+    skip_unreadable: bool
+    device: str
+    batch_size: int
+    precision: Precision
+    cache: str | None
+
+
+def task_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a task to a command, which gets them as one `options`."""
+
+    @_task_options
+    @functools.wraps(function)
+    def gathered(dataset_argument: str | None, dataset: str | None, **given: Any) -> None:
+        own = {item.name: given.pop(item.name) for item in fields(TaskOptions) if item.name != "dataset"}
+        function(options=TaskOptions(dataset=one_dataset(dataset_argument, dataset), **own), **given)
+
+    return gathered

@@ -11,36 +11,36 @@ from adaptkit.commands import _console as console
 from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
-    from adaptkit.data.splits import Dataset
+    from adaptkit.commands._options import TaskOptions
+    from adaptkit.evaluation.protocols import Task
     from adaptkit.evaluation.results import RunResult
+    from adaptkit.types import ProgressCallback
 
 
-def load_data(
-    name: str,
-    data_root: str | None,
-    templates: Sequence[str],
-    shots: int | None = None,
-    display_names: str | None = None,
-    skip_unreadable: bool = False,
-) -> Dataset:
-    """The dataset as the command line asks for it; skipped images are counted in its notes."""
+def load_task(options: TaskOptions, progress: ProgressCallback) -> Task:
+    """The task that the options describe; images left out as unreadable are counted in the dataset's notes."""
     from dataclasses import replace
 
     from adaptkit.data.checks import drop_unreadable
     from adaptkit.data.sources import load_dataset
+    from adaptkit.evaluation.protocols import make_task
 
     data = load_dataset(
-        name, data_root=data_root, templates=list(templates) or None, shots=shots, display_names=display_names
+        options.dataset,
+        data_root=options.data_root,
+        templates=list(options.templates) or None,
+        shots=options.shots,
+        display_names=options.display_names,
     )
-    if not skip_unreadable:
-        return data
-    train, dropped = drop_unreadable(data.train)
-    val = data.val
-    if val is not None:
-        val, more = drop_unreadable(val)
+    if options.skip_unreadable:
+        train, dropped = drop_unreadable(data.train, progress=progress)
+        val, more = (None, []) if data.val is None else drop_unreadable(data.val, progress=progress)
         dropped += more
-    notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
-    return replace(data, train=train, val=val, notes=(*data.notes, *notes))
+        notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
+        data = replace(data, train=train, val=val, notes=(*data.notes, *notes))
+    return make_task(
+        data, options.protocol, options.shots, options.seed, options.sampler, allow_fewer=options.allow_fewer
+    )
 
 
 def check_out(folder: Path) -> None:
@@ -71,8 +71,9 @@ def check_writable(folder: Path) -> None:
         raise StorageError(f"{folder} can't be written: permission is denied in {parent}. Choose another --out.")
 
 
-def default_out(*parts: str) -> Path:
-    """runs/<parts>, each part made fit for a file name."""
+def default_out(options: TaskOptions, what: str) -> Path:
+    """runs/<dataset>/<what>/<settings>, each part made fit for a file name."""
+    parts = (Path(options.dataset).name, what, f"{options.protocol}-{options.shots}shots-seed{options.seed}")
     return Path("runs", *(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._") or "run" for part in parts))
 
 
@@ -95,6 +96,6 @@ def summary(result: RunResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def settings_line(task_name: str, protocol: str, shots: int, seed: int, backbone: str) -> str:
+def settings_line(options: TaskOptions, dataset: str) -> str:
     """One line that says what was run."""
-    return f"{task_name}, {protocol}, {shots} shots, seed {seed}, backbone {backbone}"
+    return f"{dataset}, {options.protocol}, {options.shots} shots, seed {options.seed}, backbone {options.backbone}"

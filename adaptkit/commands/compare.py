@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,48 +14,27 @@ from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from adaptkit.data.features import Precision
-    from adaptkit.evaluation.protocols import RunOutcome
-    from adaptkit.evaluation.results import RunKey
+    from adaptkit.commands._options import TaskOptions
+    from adaptkit.evaluation.results import RunKey, RunResult
+    from adaptkit.types import ProgressCallback
 
 FAST_METHODS = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "clip-adapter")
 BEST = "best"
 
 
 @click.command("compare", short_help="many methods on one task, ranked")
-@click.argument("dataset_argument", metavar="[DATASET]", required=False)
-@click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument).")
+@_options.task_options
 @click.option("--methods", "names", type=_options.NameList(), help=f"a,b,c [default: {','.join(FAST_METHODS)}].")
-@_options.backbone_option
-@_options.protocol_options
-@click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
-@_options.data_options
-@_options.engine_options
 @_options.json_option
 def command(
-    dataset_argument: str | None,
-    dataset: str | None,
+    options: TaskOptions,
     names: tuple[str, ...] | None,
-    backbone: str,
-    protocol: str,
-    shots: int,
-    seed: int,
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
-    data_root: str | None,
-    templates: tuple[str, ...],
-    sampler: str,
-    allow_fewer: bool,
-    display_names: str | None,
-    skip_unreadable: bool,
-    device: str,
-    batch_size: int,
-    precision: Precision,
-    cache: str | None,
     as_json: bool,
 ) -> None:
     """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
@@ -72,55 +51,67 @@ def command(
     chosen = tuple(dict.fromkeys(names or FAST_METHODS))
     for name in chosen:
         methods.entry(name)
-    data_name = _options.one_dataset(dataset_argument, dataset)
-    target = out or _runs.default_out(Path(data_name).name, "compare", f"{protocol}-{shots}shots-seed{seed}")
+    target = out or _runs.default_out(options, "compare")
     _runs.check_writable(target)
 
-    from adaptkit.backbones.load import load_backbone
-    from adaptkit.data.features import FeatureStore
-    from adaptkit.evaluation.protocols import make_task, plan_run, run_method
-    from adaptkit.evaluation.recipes import share_overrides
-    from adaptkit.evaluation.results import is_done, read_run, write_run
-
-    data = _runs.load_data(data_name, data_root, templates, shots, display_names, skip_unreadable)
-    task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
-    model = load_backbone(backbone, device=device)
-    shares = share_overrides([methods.get(name) for name in chosen], overrides)
-    plans = [
-        plan_run(name, model, task, overrides=share, precision=precision)
-        for name, share in zip(chosen, shares, strict=True)
-    ]
-    check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
-    store, results = FeatureStore(cache), []
     with console.progress_bars(not as_json) as progress:
-        for plan in plans:
-            folder = target / plan.method
-            if not overwrite and is_done(folder, plan.key):
-                results.append(read_run(folder))
-                continue
-            outcome: RunOutcome = run_method(plan, model, store=store, batch_size=batch_size, progress=progress)
-            write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
-            results.append(outcome.result)
-            if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
-                break
+        results = run_all(options, chosen, overrides, target, overwrite, progress)
     ranked = rank(results)
     best = next((result for result in ranked if result.key.method != "zero-shot"), ranked[0])
     point_at_best(target, best.key.method)
     if as_json:
         console.print_json({"folder": str(target), "best": best.key.method, "runs": [_runs.summary(r) for r in ranked]})
         return
-    show(ranked, _runs.settings_line(data.name, protocol, shots, seed, model.spec.name))
+    show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
     console.say(f"Best adapter ({best.key.method}) saved: adaptkit predict {target / BEST} IMAGE")
 
 
-def rank(results: list[Any]) -> list[Any]:
+def run_all(
+    options: TaskOptions,
+    chosen: tuple[str, ...],
+    overrides: tuple[str, ...],
+    target: Path,
+    overwrite: bool,
+    progress: ProgressCallback,
+) -> list[RunResult]:
+    """Run what isn't done yet; everything is checked before the first method runs."""
+    from adaptkit.backbones.load import load_backbone
+    from adaptkit.data.features import FeatureStore
+    from adaptkit.evaluation.protocols import plan_run, run_method
+    from adaptkit.evaluation.recipes import share_overrides
+    from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.methods import methods
+
+    task = _runs.load_task(options, progress)
+    model = load_backbone(options.backbone, device=options.device)
+    shares = share_overrides([methods.get(name) for name in chosen], overrides)
+    plans = [
+        plan_run(name, model, task, overrides=share, precision=options.precision)
+        for name, share in zip(chosen, shares, strict=True)
+    ]
+    check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
+    store, results = FeatureStore(options.cache), []
+    for plan in plans:
+        folder = target / plan.method
+        if not overwrite and is_done(folder, plan.key):
+            results.append(read_run(folder))
+            continue
+        outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
+        write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
+        results.append(outcome.result)
+        if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
+            break
+    return results
+
+
+def rank(results: list[RunResult]) -> list[RunResult]:
     """Zero-shot first, as what the others must beat; then by H or accuracy, falling."""
     first = [result for result in results if result.key.method == "zero-shot"]
     others = [result for result in results if result.key.method != "zero-shot"]
     return first + sorted(others, key=lambda result: -result.score)
 
 
-def show(ranked: list[Any], title: str) -> None:
+def show(ranked: list[RunResult], title: str) -> None:
     """The ranked table, and what a reader of it should know."""
     columns = ["", "method", *_runs.part_columns(ranked), "gain", "trained", "seconds"]
     reference = next((result.score for result in ranked if result.key.method == "zero-shot"), None)

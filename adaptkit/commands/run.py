@@ -11,45 +11,24 @@ from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 
 if TYPE_CHECKING:
-    from adaptkit.data.features import Precision
+    from adaptkit.commands._options import TaskOptions
 
 
 @click.command("run", short_help="one method on one task")
-@click.argument("dataset_argument", metavar="[DATASET]", required=False)
 @click.option("--method", required=True, help="Registered name; 'adaptkit list methods' shows them.")
-@click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument).")
-@_options.backbone_option
-@_options.protocol_options
-@click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views.")
+@_options.task_options
 @click.option("--recipe", help="Recipe name, variant (csc), YAML file, or none for the method's own defaults.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, such as training.lr=2e-3.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the result [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
-@_options.data_options
-@_options.engine_options
 @_options.json_option
 def command(
-    dataset_argument: str | None,
+    options: TaskOptions,
     method: str,
-    dataset: str | None,
-    backbone: str,
-    protocol: str,
-    shots: int,
-    seed: int,
     recipe: str | None,
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
-    data_root: str | None,
-    templates: tuple[str, ...],
-    sampler: str,
-    allow_fewer: bool,
-    display_names: str | None,
-    skip_unreadable: bool,
-    device: str,
-    batch_size: int,
-    precision: Precision,
-    cache: str | None,
     as_json: bool,
 ) -> None:
     """Fit one method on a few shots of a dataset, test it, and write result, predictions and adapter.
@@ -62,23 +41,22 @@ def command(
     from adaptkit.methods import methods
 
     methods.entry(method)  # a misspelt name is said before anything is loaded
-    name = _options.one_dataset(dataset_argument, dataset)
-    target = out or _runs.default_out(Path(name).name, method, f"{protocol}-{shots}shots-seed{seed}")
+    target = out or _runs.default_out(options, method)
     if not overwrite:
         _runs.check_out(target)
     _runs.check_writable(target)
 
     from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
-    from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+    from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.results import write_run
 
-    data = _runs.load_data(name, data_root, templates, shots, display_names, skip_unreadable)
-    task = make_task(data, protocol, shots, seed, sampler, allow_fewer=allow_fewer)
-    model = load_backbone(backbone, device=device)
-    plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=precision)
     with console.progress_bars(not as_json) as progress:
-        outcome = run_method(plan, model, store=FeatureStore(cache), batch_size=batch_size, progress=progress)
+        task = _runs.load_task(options, progress)
+        model = load_backbone(options.backbone, device=options.device)
+        plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
+        store = FeatureStore(options.cache)
+        outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
     write_run(target, outcome.result, outcome.predictions, outcome.model, overwrite=overwrite)
     result = outcome.result
     if as_json:
@@ -91,9 +69,7 @@ def command(
         console.count(result.trained_parameters),
         f"{sum(result.seconds.values()):.1f}",
     ]
-    console.print_table(
-        _runs.settings_line(data.name, protocol, shots, seed, model.spec.name), columns, [row], left=["method"]
-    )
+    console.print_table(_runs.settings_line(options, task.dataset.name), columns, [row], left=["method"])
     for warning in result.warnings:
         console.say(f"note: {warning}")
     console.say(f"Written to {target}; predict with: adaptkit predict {target} IMAGE")
