@@ -10,7 +10,7 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -34,6 +34,7 @@ from adaptkit.errors import AdapterError, ConfigError, DataError, MissingPathErr
 from adaptkit.evaluation.recipes import Resolved, load_recipe, resolve
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, save_adapter
+from adaptkit.methods.base import GradientMethod
 from adaptkit.storage import digest_bytes, digest_file, digest_json
 from adaptkit.training.loop import fit_method
 from adaptkit.training.seeding import generator
@@ -164,11 +165,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             seed=self.seed,
         )
         look = _Look(backbone, method.reads, resolved.training, self.seed, self.batch_size)
+        shots, frozen = pictures.take(train), None
+        if isinstance(method, GradientMethod) and method.wants_frozen and not resolved.training.fresh_views:
+            frozen = replace(look, reads="image_features").inputs(shots, targets[train])
         task = FitTask(
             self.class_names_,
-            look.inputs(pictures.take(train), targets[train]),
+            look.inputs(shots, targets[train]),
             look.inputs(pictures.take(val), targets[val], plain=True) if len(val) else None,
             self.seed,
+            frozen,
         )
         self.report_ = fit_method(method, task, resolved.training)
         self.origins_ = resolved.origins

@@ -65,12 +65,15 @@ class FitTask:
         train: The few shots.
         val: Validation shots for methods that choose settings, or None. Never drawn from the test split.
         seed: Seeds everything random in the fit.
+        frozen: Frozen features of `train` in the same views, for methods that train on pixels and compare with the
+            frozen backbone; None where they weren't stored, and such methods then encode each batch themselves.
     """
 
     class_names: tuple[str, ...]
     train: Inputs
     val: Inputs | None = None
     seed: int = 0
+    frozen: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class TrainingSettings:
     momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay on every trained tensor."})
     eps: float = field(default=1e-8, metadata={"help": "Epsilon of adamw."})
-    schedule: Literal["cosine-epoch", "cosine-step", "constant"] = field(
+    schedule: Literal["cosine-epoch", "cosine-epoch-squared", "cosine-step", "constant"] = field(
         default="cosine-epoch", metadata={"help": "How the learning rate falls: per epoch, per step, or not."}
     )
     warmup_epochs: int = field(default=1, metadata={"help": "First epochs at the constant warm-up rate."})

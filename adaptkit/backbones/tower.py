@@ -206,10 +206,14 @@ class InsertTokens:
 
 @dataclass(frozen=True)
 class ReplaceTokens:
-    """Put `vectors` in the place of the tokens from position `at` on; a negative `at` counts from the end."""
+    """Put `vectors` in the place of the tokens from position `at` on; a negative `at` counts from the end.
+
+    With a `share` below 1 the tokens become share · vectors + (1 - share) · what they were.
+    """
 
     vectors: Tensor
     at: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -396,6 +400,8 @@ def _splice(x: Tensor, edit: InsertTokens | ReplaceTokens | DropTokens) -> Tenso
         vectors = edit.vectors.to(x.dtype)
         while vectors.dim() < x.dim():
             vectors = vectors.unsqueeze(-3)  # [..., 1, k, width]
+        if isinstance(edit, ReplaceTokens) and edit.share != 1:
+            vectors = torch.lerp(x[..., start:end, :], vectors.expand_as(x[..., start:end, :]), edit.share)
         parts.insert(1, vectors.expand(*x.shape[:-2], -1, -1))
     return torch.cat(parts, dim=-2)
 

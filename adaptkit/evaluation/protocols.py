@@ -309,16 +309,17 @@ class _Run:
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
         val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))
+        frozen = self._frozen(method, task.train, resolved.training)
         self._timed("features", began)
         began = time.perf_counter()
-        fit_task = FitTask(task.class_names, train, val, task.seed)
+        fit_task = FitTask(task.class_names, train, val, task.seed, frozen)
         self.report = fit_method(method, fit_task, resolved.training, self.progress)
         self._timed("fit", began)
         return method
 
     def _inputs(self, method: Method, split: Split, training: TrainingSettings) -> Inputs:
         """What the method trains on, in its views."""
-        views = ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        views = self._views(training)
         if method.reads == "images":
             return pixels_inputs(
                 self.backbone,
@@ -333,11 +334,26 @@ class _Run:
             return feature_inputs_fresh(
                 self.backbone, split, settings=views, batch_size=self.batch_size, precision=self.precision
             )
+        return self._stored(split, training)
+
+    def _views(self, training: TrainingSettings) -> ViewSettings:
+        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+
+    def _frozen(self, method: Method, split: Split, training: TrainingSettings) -> Inputs | None:
+        """Frozen features of the training images, for methods that train on pixels beside them.
+
+        Views drawn anew in every epoch have none stored: the method encodes each batch twice, as its reference does.
+        """
+        wanted = isinstance(method, GradientMethod) and method.wants_frozen and not training.fresh_views
+        return self._stored(split, training) if wanted else None
+
+    def _stored(self, split: Split, training: TrainingSettings) -> Inputs:
+        """Stored frozen features in the training's views."""
         return self.store.inputs(
             self.backbone,
             split,
             views=training.views,
-            settings=views,
+            settings=self._views(training),
             batch_size=self.batch_size,
             progress=self.progress,
             precision=self.precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,6 +140,22 @@ class Method(nn.Module):
         None where the release keeps no such entry and ours stays as it is.
         """
         raise UnsupportedError(f"{self.name} has no reference checkpoints to read.")
+
+    @classmethod
+    def reference_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The settings that a checkpoint of the official release shows by its names and shapes, by field name.
+
+        Args:
+            state: As `adaptkit.methods.reference.read_reference_checkpoint` gives it.
+        """
+        return {}
+
+    def context_vectors(self) -> dict[str, Tensor]:
+        """Learned vectors that stand among the text tower's token embeddings, [k, width] by a readable name.
+
+        Empty for methods that learn none; `adaptkit explain` shows the words nearest to them.
+        """
+        return {}
 
     # --- what every method has ----------------------------------------------------------------------------------------
 
@@ -341,17 +357,54 @@ class ClassWeightMethod(Method):
         return self.cosine_logits(inputs, self.folded_weights())
 
 
+def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of named loss terms, in fp32."""
+    return torch.stack([term.float() for term in terms.values()]).sum()
+
+
 class GradientMethod(Method):
-    """A method trained by the gradient loop: it gives a loss as named terms, the loop does the rest."""
+    """A method trained by the gradient loop: it gives a loss as named terms, the loop does the rest.
+
+    Attributes:
+        wants_frozen: Whether `losses` compares with the frozen backbone's features of the same images; they come from
+            the feature store where their views are stored there.
+    """
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
+    wants_frozen: ClassVar[bool] = False
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""
 
-    def losses(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Named loss terms, whose sum is minimised; `inputs` as `forward` takes them, labels int64 [batch]."""
+    def losses(self, inputs: Tensor, labels: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
+        """Named loss terms, whose sum is minimised.
+
+        Args:
+            inputs: As `forward` takes them.
+            labels: int64 [batch].
+            frozen: The frozen backbone's unnormalised features [batch, dim] of the same images, for methods that
+                `wants_frozen`; None where they are to be computed from `inputs` (see `frozen_features`).
+        """
         return {"cross_entropy": F.cross_entropy(self(inputs), labels)}
+
+    def frozen_features(self, inputs: Tensor, frozen: Tensor | None) -> Tensor:
+        """The frozen backbone's unit features [batch, dim] of pixels `inputs`: those given, or computed."""
+        if frozen is None:
+            with torch.no_grad():
+                frozen = self.backbone.encode_image(inputs)
+        return F.normalize(frozen.float(), dim=-1)
+
+    def backward(self, terms: Mapping[str, Tensor], scale: Callable[[Tensor], Tensor]) -> None:
+        """Give the trainables their gradients, here of the terms' sum.
+
+        Args:
+            terms: From `losses`.
+            scale: Scales a loss against overflow in half precision; every loss whose gradient is taken goes through it.
+        """
+        torch.autograd.backward(scale(total_loss(terms)))
+
+    def after_epoch(self, epoch: int, epochs: int) -> None:
+        """Called when epoch `epoch` (from 0) of `epochs` is done, after its last step."""
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         """Choose what is chosen after training (on validation data); facts for the result."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.errors import ConfigError, DataError, TrainingError
-from adaptkit.methods.base import GradientMethod, Method
-from adaptkit.training.schedule import learning_rate
+from adaptkit.methods.base import GradientMethod, Method, total_loss
+from adaptkit.training.schedule import SCHEDULES, learning_rate
 from adaptkit.training.seeding import generator, seeded
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
 
@@ -112,12 +112,7 @@ def check_settings(settings: TrainingSettings) -> None:
             ("eps", settings.eps, "a positive number", 0 < settings.eps < math.inf),
             ("optimiser", settings.optimiser, "sgd or adamw", settings.optimiser in ("sgd", "adamw")),
             ("precision", settings.precision, "fp32, bf16 or fp16", settings.precision in ("fp32", "bf16", "fp16")),
-            (
-                "schedule",
-                settings.schedule,
-                "cosine-epoch, cosine-step or constant",
-                settings.schedule in ("cosine-epoch", "cosine-step", "constant"),
-            ),
+            ("schedule", settings.schedule, f"one of {', '.join(SCHEDULES)}", settings.schedule in SCHEDULES),
         )
         if not ok
     ]
@@ -220,6 +215,7 @@ class _Run:
         self, method: GradientMethod, task: FitTask, settings: TrainingSettings, progress: ProgressCallback | None
     ) -> None:
         self.method, self.inputs, self.settings, self.progress = method, task.train, settings, progress
+        self.frozen = task.frozen if method.wants_frozen else None
         self.device = method.backbone.device
         self.labels = task.train.labels.to(self.device)
         self.parameters = [p for p in method.parameters() if p.requires_grad]
@@ -260,28 +256,34 @@ class _Run:
             rate = learning_rate(self.settings, epoch, step, len(batches))
             inputs = select_views(self.inputs, indices, views[indices]).to(self.device)
             labels = self.labels[indices.to(self.device)]
+            given = {}
+            if self.frozen is not None:
+                given["frozen"] = select_views(self.frozen, indices, views[indices]).to(self.device)
             self._logits = None
-            terms = self._step(inputs, labels, rate, epoch)
+            terms = self._step(inputs, labels, rate, epoch, given)
             tally.add(terms, self._logits, labels)
             self.steps += 1
             self._show(tally, epoch, rate, done=step == len(batches) - 1)
         self.last_terms = tally.means()
         self.history.append((sum(self.last_terms.values()), tally.accuracy(), rate))
+        self.method.after_epoch(epoch, self.settings.epochs)
 
-    def _step(self, inputs: Tensor, labels: Tensor, rate: float, epoch: int) -> dict[str, Tensor]:
+    def _step(
+        self, inputs: Tensor, labels: Tensor, rate: float, epoch: int, given: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         with _autocast(self.device, self.settings.precision):
-            terms = self.method.losses(inputs, labels)
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            terms = self.method.losses(inputs, labels, **given)
+            loss = total_loss(terms)
         if not bool(torch.isfinite(loss)):  # before the step: the method keeps its last good values
             raise TrainingError(
                 f"{self.method.name}'s loss became {float(loss.detach())} in epoch {epoch + 1}, step {self.steps + 1},"
                 f" at learning rate {rate:.2g}: try a lower lr or precision fp32, and look for inputs that aren't"
                 " finite."
             )
-        torch.autograd.backward(self.scaler.scale(loss))
+        self.method.backward(terms, self.scaler.scale)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimiser)
         self.scaler.update()

@@ -25,7 +25,7 @@ from torch import Tensor
 from adaptkit.backbones.base import Backbone, BackboneSpec, Preprocessing
 from adaptkit.errors import UnsupportedError
 from adaptkit.methods import methods
-from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.methods.base import GradientMethod, Method, total_loss
 from adaptkit.training.loop import GradientLoop
 from adaptkit.types import FitTask, TensorInputs, TrainingSettings
 from tests.golden.tiny_clip import build_tiny_clip
@@ -56,6 +56,53 @@ def _maple(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_context": count, "depth": config["TRAINER.MAPLE.PROMPT_DEPTH"], "context_init": words}
 
 
+def _ivlp(config: Mapping[str, Any], section: str = "TRAINER.IVLP") -> dict[str, Any]:
+    count = config[f"{section}.N_CTX_TEXT"]
+    return {
+        "num_text_context": count,
+        "num_image_context": config[f"{section}.N_CTX_VISION"],
+        "text_depth": config[f"{section}.PROMPT_DEPTH_TEXT"],
+        "image_depth": config[f"{section}.PROMPT_DEPTH_VISION"],
+        "context_init": config[f"{section}.CTX_INIT"] if count <= 4 else "",
+    }
+
+
+def _promptsrc(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = "TRAINER.PROMPTSRC"
+    return _ivlp(config, section) | {
+        "text_weight": config[f"{section}.TEXT_LOSS_WEIGHT"],
+        "image_weight": config[f"{section}.IMAGE_LOSS_WEIGHT"],
+        "averaging_mean": config[f"{section}.GPA_MEAN"],
+        "averaging_std": config[f"{section}.GPA_STD"],
+    }
+
+
+def _words(config: Mapping[str, Any], section: str = "TRAINER.COOP") -> dict[str, Any]:
+    """KgCoOp's and ProGrad's switch: on, the context starts from their template's words."""
+    words = config[f"{section}.CTX_INIT"]
+    return {"num_context": config[f"{section}.N_CTX"], "context_init": "a photo of a" if words is True else words or ""}
+
+
+def _mmrl(config: Mapping[str, Any], section: str = "TRAINER.MMRL") -> dict[str, Any]:
+    return {
+        "num_tokens": config[f"{section}.N_REP_TOKENS"],
+        "first_layer": config[f"{section}.REP_LAYERS"][0],
+        "last_layer": config[f"{section}.REP_LAYERS"][-1],
+        "width": config[f"{section}.REP_DIM"],
+        "alpha": config[f"{section}.ALPHA"],
+        "consistency_weight": config[f"{section}.REG_WEIGHT"],
+    }
+
+
+def _mmrlpp(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = "TRAINER.MMRLpp"
+    return _mmrl(config, section) | {
+        "beta": config[f"{section}.BETA"],
+        "projection_rank": config[f"{section}.PROJ_LORA_DIM"],
+        "residual_rank": config[f"{section}.RES_LORA_DIM"],
+    }
+
+
 def _tip(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"alpha": config["init_alpha"], "beta": config["init_beta"]}
     if "search_scale" in config:
@@ -69,6 +116,17 @@ SETTINGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "zero-shot": lambda config: {},
     "coop": _coop,
     "maple": _maple,
+    "cocoop": lambda config: _words(config, "TRAINER.COCOOP"),
+    "vpt": lambda config: {
+        "num_context": config["TRAINER.VPT.N_CTX_VISION"],
+        "depth": config["TRAINER.VPT.PROMPT_DEPTH_VISION"],
+    },
+    "ivlp": _ivlp,
+    "promptsrc": _promptsrc,
+    "kgcoop": lambda config: _words(config) | {"weight": config["TRAINER.COOP.W"]},
+    "prograd": lambda config: _words(config) | {"temperature": config["LOSS.T"], "projection": config["LOSS.LAMBDA"]},
+    "mmrl": _mmrl,
+    "mmrlpp": _mmrlpp,
     "clip-adapter": lambda config: {"ratio": config["ratio"], "reduction": config["reduction"]},
     "tip-adapter": _tip,
     "tip-adapter-f": _tip,
@@ -143,7 +201,7 @@ def draw(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def template_of(case: Mapping[str, Any]) -> tuple[str, ...]:
     """The template that fills in to the prompts; methods with prompts of their own need none."""
-    for name, prompt in zip(case["classnames"], case["prompts"], strict=True):
+    for name, prompt in zip(case["classnames"], case.get("teacher_prompts", case["prompts"]), strict=True):
         if prompt.count(name.replace("_", " ")) == 1:
             return (prompt.replace(name.replace("_", " "), "{}"),)
     return ("{}",)
@@ -188,11 +246,13 @@ def run_on_tiny_clip(case: Mapping[str, Any], name: str, compare: Comparison) ->
     compare.check("logits_train", logits)
     if isinstance(method, GradientMethod):
         terms = method.losses(inputs, labels)
-        loss = torch.stack(list(terms.values())).sum()
-        compare.check("loss", loss)
+        compare.check("loss", total_loss(terms))
         for term, value in terms.items():
             compare.check(f"loss_{term}", value)
-        loss.backward()
+        if name in EXTRAS:
+            EXTRAS[name](case, method, inputs, labels, compare)
+        method.zero_grad()
+        method.backward(method.losses(inputs, labels), lambda loss: loss)  # afresh: a graph may be used up
         compare.gradients("gradients", method)
 
     method.eval()
@@ -201,7 +261,7 @@ def run_on_tiny_clip(case: Mapping[str, Any], name: str, compare: Comparison) ->
         compare.check("logits_base", logits)
         compare.check("loss_ce", F.cross_entropy(logits, labels))
         if compare.wants("text_features_base"):
-            compare.check("text_features_base", method.class_weights())
+            compare.check("text_features_base", text_features(method, inputs))
         _check_novel(case, method, inputs, compare)
 
 
@@ -214,7 +274,103 @@ def _check_novel(case: Mapping[str, Any], method: Method, inputs: Tensor, compar
     method.set_classes(case["novel_classnames"])
     compare.check("logits_novel", method(inputs))
     if compare.wants("text_features_novel"):
-        compare.check("text_features_novel", method.class_weights())
+        compare.check("text_features_novel", text_features(method, inputs))
+    if "logits_class_novel" in case["expected"]:
+        check_branches(method, inputs, compare, "novel")
+
+
+def text_features(method: Any, inputs: Tensor) -> Tensor:
+    """Unit text features [classes, dim], or [batch, classes, dim] of a method whose texts depend on the image."""
+    if hasattr(method, "image_class_weights"):
+        return method.image_class_weights(inputs)
+    return method.class_weights()
+
+
+def check_branches(method: Any, pixels: Tensor, compare: Comparison, kind: str) -> None:
+    """MMRL's three sets of logits."""
+    branches = method.branch_logits(pixels)
+    for theirs, ours in (("class", "class"), ("rep", "representation"), ("fusion", "fused")):
+        compare.check(f"logits_{theirs}_{kind}", branches[ours])
+
+
+# --- what single methods have beyond logits, loss and gradients -------------------------------------------------------
+
+
+def extra_promptsrc(case: Mapping[str, Any], method: Any, pixels: Tensor, labels: Tensor, compare: Comparison) -> None:
+    terms = method.losses(pixels, labels)
+    compare.check("loss_scl_text", terms["text_consistency"])
+    compare.check("loss_scl_image", terms["image_consistency"])
+    compare.check("loss_scl_logits", terms["logit_consistency"])
+    compare.check("loss_l1_text_unweighted", terms["text_consistency"] / method.config.text_weight)
+    compare.check("loss_l1_image_unweighted", terms["image_consistency"] / method.config.image_weight)
+    teacher = method.frozen_features(pixels, None)
+    compare.check("image_features_teacher", teacher)
+    compare.check("text_features_teacher", method.text_anchors())
+    compare.check("logits_teacher", method.cosine_logits(teacher, method.text_anchors()))
+    from adaptkit.methods.prompts.promptsrc import gaussian_weights
+
+    weights = gaussian_weights(
+        case["config"]["OPTIM.MAX_EPOCH"], method.config.averaging_mean, method.config.averaging_std
+    )
+    compare.check("gpa_weights", torch.tensor(weights))
+
+
+def extra_kgcoop(case: Mapping[str, Any], method: Any, features: Tensor, labels: Tensor, compare: Comparison) -> None:
+    compare.check("loss_kg", method.losses(features, labels)["knowledge"] / method.config.weight)
+    compare.check("text_features_handcrafted", method.zero_shot())
+
+
+def extra_prograd(case: Mapping[str, Any], method: Any, features: Tensor, labels: Tensor, compare: Comparison) -> None:
+    compare.check("text_features_teacher", method.zero_shot())
+    compare.check("logits_teacher", method.cosine_logits(features, method.zero_shot()))
+    terms = method.losses(features, labels)
+    compare.check("loss_kl", terms["distillation"])
+    flat = {}
+    for term, theirs in (("cross_entropy", "gradients_ce"), ("distillation", "gradients_kl")):
+        method.zero_grad()
+        terms[term].backward(retain_graph=True)
+        compare.gradients(theirs, method)
+        flat[theirs] = method.context.grad.flatten()
+    cosine = F.cosine_similarity(flat["gradients_ce"], flat["gradients_kl"], dim=0)
+    compare.check("cosine", cosine)
+    compare.unseen.discard("conflict")
+    assert bool(cosine < 0) == case["expected"]["conflict"]
+    if "labels" not in case["expected"].get("second_labels", {}):
+        return
+    compare.unseen.discard("second_labels")
+    second = Comparison({k: v for k, v in case["expected"]["second_labels"].items() if k != "labels"})
+    again = dict(case, expected=case["expected"]["second_labels"] | {"second_labels": {}})
+    second_labels = torch.tensor(case["expected"]["second_labels"]["labels"])
+    second.check("loss_ce", method.losses(features, second_labels)["cross_entropy"])
+    extra_prograd(again, method, features, second_labels, second)
+    method.zero_grad()
+    method.backward(method.losses(features, second_labels), lambda loss: loss)
+    second.gradients("gradients", method)
+    assert not second.unseen, f"second labels: {sorted(second.unseen)} was expected and not compared"
+    compare.worst = max(compare.worst, second.worst)
+
+
+def extra_mmrl(case: Mapping[str, Any], method: Any, pixels: Tensor, labels: Tensor, compare: Comparison) -> None:
+    branches, terms, config = method.branch_logits(pixels), method.losses(pixels, labels), method.config
+    for kind in ("train", "base"):
+        check_branches(method, pixels, compare, kind)
+    compare.check("loss_ce_class", F.cross_entropy(branches["class"], labels))
+    compare.check("loss_ce_rep", F.cross_entropy(branches["representation"], labels))
+    compare.close("weighted", terms["class_cross_entropy"], config.alpha * case["expected"]["loss_ce_class"])
+    compare.check("loss_reg_image", terms["image_consistency"] / config.consistency_weight)
+    compare.check("loss_reg_text", terms["text_consistency"] / config.consistency_weight)
+    compare.check("text_features_teacher", method.zero_shot())
+    compare.check("image_features_teacher", method.frozen_features(pixels, None))
+    compare.check("image_features_rep", F.normalize(method.encode_both(pixels)[1], dim=-1))
+
+
+EXTRAS: dict[str, Callable[[Mapping[str, Any], Any, Tensor, Tensor, Comparison], None]] = {
+    "promptsrc": extra_promptsrc,
+    "kgcoop": extra_kgcoop,
+    "prograd": extra_prograd,
+    "mmrl": extra_mmrl,
+    "mmrlpp": extra_mmrl,
+}
 
 
 # --- methods on features alone ----------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def test_start():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (MaPLeConfig(depth=4), "depth is 4, but 'tiny' has 3 text and 3 image layers: choose a depth of at most 3"),
-        (MaPLeConfig(5, 2), r"context_init 'a photo of a' has 4 tokens, fewer than num_context = 5"),
+        (MaPLeConfig(depth=4), "depth is 4, but the text tower of 'tiny' has 3 layers: choose a depth of at most 3"),
+        (MaPLeConfig(5, 2), r"context_init 'a photo of a' has 4 tokens, fewer than the 5 context vectors"),
     ],
 )
 def test_settings_that_do_not_fit_the_backbone(config, said):

@@ -48,8 +48,17 @@ def test_constant_after_warmup():
     assert rates(settings) == [1e-5, 1e-5, 1e-3, 1e-3]
 
 
+def test_squared_cosine():
+    """The authors' posted log: the rate after epochs 49 and 50 of 100 (kgcoop sheet)."""
+    settings = replace(COOP, epochs=100, lr=2e-3, schedule="cosine-epoch-squared")
+    assert learning_rate(settings, 0) == 1e-5
+    assert learning_rate(settings, 1) == 2e-3
+    assert learning_rate(settings, 50) == pytest.approx(5.319e-4, rel=1e-3)
+    assert learning_rate(settings, 51) == pytest.approx(5.0e-4, rel=1e-3)
+
+
 def test_unknown_schedule_is_refused():
-    with pytest.raises(ConfigError, match=r"schedule is 'linear', but must be cosine-epoch"):
+    with pytest.raises(ConfigError, match=r"schedule is 'linear', but must be one of cosine-epoch"):
         GradientLoop(replace(COOP, schedule="linear"))
     with pytest.raises(ConfigError, match="choose cosine-epoch"):
         learning_rate(replace(COOP, schedule="linear"), 3)

@@ -16,21 +16,18 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.backbones.tower import EMBEDDING, InsertTokens, ReplaceContexts, ReplaceTokens
-from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_linear, draw_normal
-from adaptkit.methods.prompts._layout import (
-    embed_pieces,
-    open_image,
-    open_text,
-    phrase_pieces,
-    placeholder,
-    prompt_rows,
+from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_linear
+from adaptkit.methods.prompts._deep import (
+    check_count,
+    check_depth,
+    deeper_prompts,
+    first_context,
+    prompted_image,
+    prompted_text,
 )
+from adaptkit.methods.prompts._layout import open_image, open_text, prompt_rows
 from adaptkit.types import Reads, TrainingSettings
-
-INITIAL_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,8 @@ class MaPLeConfig(MethodConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.num_context < 1:
-            raise ConfigError(f"num_context is {self.num_context}, but must be at least 1.")
-        if self.depth < 1:
-            raise ConfigError(f"depth is {self.depth}, but must be at least 1 (the first layer).")
+        check_count("num_context", self.num_context)
+        check_count("depth", self.depth)
 
 
 @methods.register("maple")
@@ -64,34 +59,16 @@ class MaPLe(ClassWeightMethod, GradientMethod):
 
     def build(self) -> None:
         depth, count = self.config.depth, self.config.num_context
-        _, text = open_text(self.backbone, "MaPLe")
+        backbone, text = open_text(self.backbone, "MaPLe")
         image = open_image(self.backbone, "MaPLe")
-        if depth > min(text.layers, image.layers):
-            raise ConfigError(
-                f"depth is {depth}, but {self.backbone.spec.name!r} has {text.layers} text and {image.layers} image"
-                f" layers: choose a depth of at most {min(text.layers, image.layers)}."
-            )
-        first = self._first_context()
-        deeper = [draw_normal((count, text.width), INITIAL_STD, self.generator) for _ in range(depth - 1)]
-        self.contexts = nn.ParameterList([first, *deeper])
+        name = self.backbone.spec.name
+        check_depth("depth", depth, text.layers, "text", name)
+        check_depth("depth", depth, image.layers, "image", name)
+        self._phrase, first = first_context(backbone, self.config.context_init, count, self.generator)
+        self.contexts = nn.ParameterList([first, *deeper_prompts(depth - 1, count, text.width, self.generator)])
         couplings = [draw_linear(text.width, image.width, self.generator) for _ in range(min(depth, 2))]
         couplings += [deepcopy(couplings[1]) for _ in range(depth - 2)]  # the reference copies one draw to all deeper
         self.couplings = nn.ModuleList(couplings)
-
-    def _first_context(self) -> nn.Parameter:
-        backbone, text = open_text(self.backbone, "MaPLe")
-        count = self.config.num_context
-        self._phrase = " ".join(self.config.context_init.replace("_", " ").split())
-        if not self._phrase:
-            self._phrase = placeholder(backbone, count)
-            return draw_normal((count, text.width), INITIAL_STD, self.generator)
-        pieces = phrase_pieces(backbone, self._phrase)
-        if len(pieces) < count:
-            raise ConfigError(
-                f"context_init {self._phrase!r} has {len(pieces)} tokens, fewer than num_context = {count}: write a"
-                " longer phrase, set a smaller num_context, or leave context_init empty to start from random vectors."
-            )
-        return nn.Parameter(embed_pieces(text, pieces[:count]))
 
     def classes_changed(self) -> None:
         super().classes_changed()
@@ -100,9 +77,7 @@ class MaPLe(ClassWeightMethod, GradientMethod):
 
     def class_weights(self) -> Tensor:
         _, text = open_text(self.backbone, "MaPLe")
-        first, *deeper = self.contexts
-        edits = {layer: [ReplaceContexts(context)] for layer, context in enumerate(deeper, start=1)}
-        return F.normalize(text(self._rows.to(first.device), first, edits), dim=-1)  # [classes, dim]
+        return F.normalize(prompted_text(text, self._rows, list(self.contexts)), dim=-1)  # [classes, dim]
 
     def image_prompts(self) -> list[Tensor]:
         """The image tower's prompts [M, image width] of each layer."""
@@ -110,13 +85,7 @@ class MaPLe(ClassWeightMethod, GradientMethod):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Unnormalised prompted features [batch, dim]; prompts stand behind the patches."""
-        first, *deeper = self.image_prompts()
-        edits = {EMBEDDING: [InsertTokens(first)]} | {
-            layer: [ReplaceTokens(prompts, at=-self.config.num_context)]
-            for layer, prompts in enumerate(deeper, start=1)
-        }
-        features: Tensor = open_image(self.backbone, "MaPLe")(pixels, edits)
-        return features
+        return prompted_image(open_image(self.backbone, "MaPLe"), pixels, self.image_prompts())
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(self.encode_image(inputs), self.folded_weights())
