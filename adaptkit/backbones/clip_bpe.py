@@ -57,6 +57,18 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+@lru_cache(maxsize=1)
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: byte for byte, character in byte_characters().items()}
+
+
+def readable(text: str) -> str:
+    """A text whose invisible characters are written as escapes, and blanks alone too."""
+    if text.isspace():
+        return "".join(f"\\x{ord(character):02x}" for character in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ClipBpe:
     """Splits a text into CLIP's word pieces.
 
@@ -107,6 +119,30 @@ class ClipBpe:
             spelled = "".join(characters[byte] for byte in word.encode("utf-8"))
             ids.extend(self.vocabulary[piece] for piece in self._pieces(spelled))
         return ids
+
+    @cached_property
+    def _spellings(self) -> list[str]:
+        return list(self.vocabulary)
+
+    def decode(self, token: int) -> str:
+        """One piece as it reads: without the mark of a word's end; bytes that are no character alone as \\xe2.
+
+        Pieces that end a word and pieces that don't read alike ("cat" is two of them).
+
+        Raises:
+            BackboneError: There is no such piece.
+
+        Example:
+            >>> ClipBpe().decode(1125)
+            'photo'
+        """
+        if not 0 <= token < len(self._spellings):
+            raise BackboneError(f"CLIP's vocabulary has pieces 0 to {len(self._spellings) - 1}, and no piece {token}.")
+        piece = self._spellings[token]
+        if piece in (START, END):
+            return piece
+        spelled = bytes(_bytes_of_characters()[character] for character in piece.removesuffix("</w>"))
+        return readable(spelled.decode("utf-8", "backslashreplace"))
 
     @cached_property
     def _pieces(self) -> Callable[[str], tuple[str, ...]]:

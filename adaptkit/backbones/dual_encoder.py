@@ -104,6 +104,14 @@ class DualEncoder(Backbone):
         """
         return self._require_tokenizer().word_pieces(text)
 
+    def piece_text(self, token: int) -> str:
+        """One token as it reads.
+
+        Raises:
+            BackboneError: The backbone has no text encoder.
+        """
+        return self._require_tokenizer().piece_text(token)
+
     def _require_tokenizer(self) -> TextTokenizer:
         if self._tokenizer is None:
             raise BackboneError(f"Backbone {self.spec.name!r} has no text encoder; choose one with both towers.")

@@ -439,7 +439,9 @@ def _tokenizer(tokenizer: Any, text_module: Any) -> ClipTokenizer | OutsideToken
         "length": tokenizer.context_length,
         "pooled": [pooling.kind, pooling.token],
     }
-    return OutsideTokenizer(tokenizer, count, pieces, tokenizer.context_length, pooling, facts)
+    return OutsideTokenizer(
+        tokenizer, count, pieces, tokenizer.context_length, pooling, facts, lambda token: str(inner.decode([token]))
+    )
 
 
 def fingerprint(tokenizer: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Tokens
-from adaptkit.backbones.clip_bpe import ClipBpe
+from adaptkit.backbones.clip_bpe import ClipBpe, readable
 from adaptkit.errors import BackboneError
 
 
@@ -26,6 +26,9 @@ class TextTokenizer(Protocol):
 
     def word_pieces(self, text: str) -> list[int]:
         """Ids of the bare text, without start, end and padding."""
+
+    def piece_text(self, token: int) -> str:
+        """One token as it reads."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,15 @@ class ClipTokenizer:
         """
         return self.bpe.encode(text)
 
+    def piece_text(self, token: int) -> str:
+        """One token as it reads.
+
+        Example:
+            >>> ClipTokenizer().piece_text(2368)
+            'cat'
+        """
+        return self.bpe.decode(token) if token < len(self.bpe.vocabulary) else f"[{token}]"
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)  # [texts, context_length], padded with 0
         for row, text in enumerate(texts):
@@ -111,6 +123,7 @@ class OutsideTokenizer:
         context_length: Positions of the text tower.
         pooling: Which position is pooled.
         facts: What tells it apart.
+        decode: From an id to its text; None where the library doesn't say.
     """
 
     pad: Callable[[list[str]], Tensor]
@@ -119,10 +132,16 @@ class OutsideTokenizer:
     context_length: int
     pooling: Pooling
     facts: dict[str, Any] = field(default_factory=dict)
+    decode: Callable[[int], str] | None = None
 
     def word_pieces(self, text: str) -> list[int]:
         """Ids of the bare text."""
         return self.pieces(text)
+
+    def piece_text(self, token: int) -> str:
+        """One token as it reads; its number where it reads as nothing."""
+        text = self.decode(token) if self.decode is not None else ""
+        return readable(text.strip() or text) or f"[{token}]"
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         for text in texts:

@@ -524,8 +524,9 @@ class TextState:
                 hidden = _splice_places(hidden, hidden.new_zeros(len(hidden), 1), edit)
             grown = suffix.shape[-2] - state.suffix.shape[-2]
             ends, lengths = state.ends, state.lengths
-            if grown:  # every inserted or dropped position lies before the pooled token, or the row would end there
-                ends, lengths = ends + grown, tuple(n + grown for n in lengths)
+            if isinstance(edit, (InsertTokens, DropTokens)):
+                # a pooled token stands behind the edit, but for a first one (where there is no causal mask)
+                ends, lengths = ends + grown * (ends >= edit.at), tuple(n + grown for n in lengths)
             state = replace(state, suffix=suffix, suffix_slots=slots, ends=ends, lengths=lengths, hidden=hidden)
         return state
 

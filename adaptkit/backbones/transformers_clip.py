@@ -364,7 +364,7 @@ def _tokenizer(tokenizer: Any, config: Any) -> OutsideTokenizer:
 
     pooling = _pooling(config)
     facts = {"tokenizer": fingerprint(tokenizer), "length": length, "pooled": [pooling.kind, pooling.token]}
-    return OutsideTokenizer(pad, count, pieces, length, pooling, facts)
+    return OutsideTokenizer(pad, count, pieces, length, pooling, facts, lambda token: str(tokenizer.decode([token])))
 
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------

@@ -71,6 +71,11 @@ def check_writable(folder: Path) -> None:
         raise StorageError(f"{folder} can't be written: permission is denied in {parent}. Choose another --out.")
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder that a path means: itself, or the one in the folder of a run."""
+    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
 def default_out(options: TaskOptions, what: str) -> Path:
     """runs/<dataset>/<what>/<settings>, each part made fit for a file name."""
     parts = (Path(options.dataset).name, what, f"{options.protocol}-{options.shots}shots-seed{options.seed}")

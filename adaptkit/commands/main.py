@@ -15,10 +15,13 @@ _VERBS = {
     "run": "run one method on one task",
     "compare": "many methods on one task, ranked",
     "predict": "class names and probabilities for images",
+    "import": "a reference checkpoint as an adapter",
+    "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",
     "data": "what is there, what is missing, what to do",
     "doctor": "versions, device, caches, data roots",
 }
+_MODULES = {"import": "import_"}  # Python keeps the word for itself
 
 
 class BadInput(click.ClickException):
@@ -38,7 +41,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        module = importlib.import_module(f"adaptkit.commands.{cmd_name}")
+        module = importlib.import_module(f"adaptkit.commands.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

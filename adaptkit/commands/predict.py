@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from adaptkit.commands import _console as console
-from adaptkit.commands import _options
+from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError
 
 
@@ -42,7 +42,7 @@ def command(
     from adaptkit.backbones.load import load_backbone
     from adaptkit.estimator import load
 
-    folder = adapter / "adapter" if (adapter / "adapter" / "adapter_config.json").is_file() else adapter
+    folder = _runs.adapter_folder(adapter)
     files = find_images(images)
     given = None if backbone is None else load_backbone(backbone, device=device)
     classifier = load(folder, given, device=device, batch_size=batch_size)

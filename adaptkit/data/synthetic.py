@@ -51,9 +51,10 @@ UNSEEN_SHAPES = ("ring", "hexagon", "diamond", "crescent")
 
 SHAPE_GROUNDS = ("white", "grey", "black", "green", "blue", "orange")
 
-TEXTURE_CLASSES = tuple(drawing.TEXTURES)
-UNSEEN_TEXTURES = TEXTURE_CLASSES[-8:]
-"""Left out of `mini`'s training, pictures and words: for these, only images can teach."""
+TEXTURE_CLASSES = tuple(sorted(drawing.TEXTURES))
+UNSEEN_TEXTURES = tuple(drawing.TEXTURES)[-8:]
+"""Left out of `mini`'s training, pictures and words: for these, only images can teach. In alphabetical order four of
+them are among the base classes and four among the novel ones."""
 
 _SPECIES_TABLE = """
 vorlim  red    round      striped pointed  four bare-tail one
@@ -266,7 +267,7 @@ def describe_creature(kind: Mapping[str, int]) -> tuple[str, ...]:
 
 def _draw(name: str, rng: np.random.Generator, labels: NDArray[np.int64]) -> Picture:
     if name == "textures":
-        return draw_textures(rng, labels)
+        return draw_textures(rng, np.array([list(drawing.TEXTURES).index(name) for name in TEXTURE_CLASSES])[labels])
     if name == "species":
         table = list(species_attributes().values())
         return draw_species_of(rng, {key: np.array([row[key] for row in table])[labels] for key in drawing.CREATURE})

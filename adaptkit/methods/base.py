@@ -201,7 +201,9 @@ class Method(nn.Module):
         """The zero-shot classifier [classes, dim] of the current classes, unit rows; remembered for one class list."""
         key = (self.class_names, self.backbone.device)
         if self._zero_shot_memo is None or self._zero_shot_memo[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # made in inference mode, it couldn't serve training
+            # made in inference mode, or in half precision, it couldn't serve training
+            exact = torch.autocast(self.backbone.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), exact:
                 weights = zero_shot_weights(self.backbone, self.class_names, self.templates)
             self._zero_shot_memo = (key, weights)
         return self._zero_shot_memo[1]
@@ -371,7 +373,7 @@ class GradientMethod(Method):
     """
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
-    wants_frozen: ClassVar[bool] = False
+    wants_frozen: bool = False
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""

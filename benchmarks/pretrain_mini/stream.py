@@ -189,7 +189,8 @@ def _draw_textures(rng: np.random.Generator, n: int) -> tuple[np.ndarray, dict[s
     kinds = rng.integers(HEADS["texture"], size=n)
     picture = synthetic.draw_textures(rng, kinds)
     forms = ("a photo of a {} texture.", "{} texture.", "a {} surface.", "{}", "a photo of a {} surface.")
-    captions = [_pick(rng, forms).format(synthetic.TEXTURE_CLASSES[k]) for k in kinds]
+    names = list(drawing.TEXTURES)
+    captions = [_pick(rng, forms).format(names[k]) for k in kinds]
     return picture, {"texture": kinds}, captions
 
 

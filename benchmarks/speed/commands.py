@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.speed.measure import Load, Row, medians, run_process, time_in_turn
+from benchmarks.speed.measure import Load, Row, Scope, medians, run_process, time_in_turn
 
 STARTS = 10
 RUN = ["run", "--method", "coop", "--dataset", "digits", "--protocol", "base-to-novel", "--shots", "16"]
@@ -20,7 +20,7 @@ def adaptkit_command(*arguments: str) -> list[str]:
     return [*start, *arguments]
 
 
-def bench_startup(load: Load, quick: bool) -> Iterator[Row]:
+def bench_startup(load: Load, scope: Scope) -> Iterator[Row]:
     """`adaptkit --help`, against a Python that imports torch (what it would cost at least if it wasn't lazy)."""
     sides: dict[str, Callable[[], object]] = {
         "ours": lambda: run_process(adaptkit_command("--help")),
@@ -28,7 +28,7 @@ def bench_startup(load: Load, quick: bool) -> Iterator[Row]:
     }
     for run in sides.values():
         run()  # files into the page cache
-    samples = time_in_turn(sides, 2 if quick else STARTS)
+    samples = time_in_turn(sides, 2 if scope.quick else STARTS)
     seconds = medians(samples)
     yield Row(
         "startup",
@@ -41,9 +41,9 @@ def bench_startup(load: Load, quick: bool) -> Iterator[Row]:
     )
 
 
-def bench_run(load: Load, quick: bool) -> Iterator[Row]:
+def bench_run(load: Load, scope: Scope) -> Iterator[Row]:
     """A whole run with nothing cached: data, features, training, evaluation, result and adapter on disk."""
-    yield time_run(["--set", "training.epochs=1"] if quick else [])
+    yield time_run(["--set", "training.epochs=1"] if scope.quick else [])
 
 
 def time_run(more: Sequence[str]) -> Row:

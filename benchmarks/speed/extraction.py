@@ -19,7 +19,7 @@ from adaptkit.data.features import FeatureStore, Precision
 from adaptkit.data.splits import FileSource, TrainSplit
 from adaptkit.data.transforms import to_pixels
 from adaptkit.methods.prompts._layout import open_image
-from benchmarks.speed.measure import Difference, Load, Row, medians, time_in_turn
+from benchmarks.speed.measure import Difference, Load, Row, Scope, medians, time_in_turn
 from benchmarks.speed.plain import plain_image
 
 IMAGES, BATCH, ROUNDS = 64, 32, 3
@@ -66,10 +66,10 @@ def open_clip_encoder(name: str) -> Encode | None:
     return encode
 
 
-def bench_extraction(load: Load, quick: bool) -> Iterator[Row]:
+def bench_extraction(load: Load, scope: Scope) -> Iterator[Row]:
     """Store against encoder, bf16 against fp32, reading against computing."""
     backbone = load()
-    count, rounds = (4, 1) if quick else (IMAGES, ROUNDS)
+    count, rounds = (4, 1) if scope.quick else (IMAGES, ROUNDS)
     yield from measure_extraction(backbone, count, rounds, open_clip_encoder(backbone.spec.name))
 
 

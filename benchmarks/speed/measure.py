@@ -26,6 +26,24 @@ Unit = Literal["s", "bytes"]
 Load = Callable[[], Backbone]
 """Gives the backbone, loaded once; benchmarks that need none don't call it."""
 
+
+@dataclass(frozen=True)
+class Scope:
+    """What is asked of a run.
+
+    Args:
+        quick: Tiny sizes.
+        device: Of the training steps.
+        classes: Class counts of the training steps; empty for the usual ones.
+    """
+
+    quick: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    classes: tuple[int, ...] = ()
+
+
+CPU = torch.device("cpu")
+
 TOLERANCE = 1e-4
 """Largest difference between ours and the plain path that counts as the same numbers, relative to the largest entry."""
 
@@ -123,13 +141,19 @@ class Row:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def time_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(
+    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Seconds of each side in each round; sides take turns, so that all see the same neighbours on the machine."""
+    # a GPU's work goes on behind Python's back
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, run in sides.items():
+            wait()
             start = time.perf_counter()
             run()
+            wait()
             seconds[side].append(time.perf_counter() - start)
     return seconds
 
@@ -149,12 +173,17 @@ def on_line(points: Mapping[int, float], at: int) -> float:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_above(run: Callable[[], object]) -> int:
-    """Bytes of resident memory that `run` needs above what the process holds already, at its highest moment.
+def peak_above(run: Callable[[], object], device: torch.device = CPU) -> int:
+    """Bytes that `run` needs above what the process holds already, at its highest moment: resident, or on the GPU.
 
     Where the system can't set its high-water mark back (Linux can), whatever was higher before hides the peak; so this
     belongs into a process of its own, after a warm-up.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _high_water()
@@ -212,6 +241,7 @@ def machine_facts() -> dict[str, Any]:
     """What the seconds depend on; nothing that names the machine or its user."""
     return {
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -41,7 +41,7 @@ def test_every_method_and_recipe_shows_its_settings(listed):
         assert facts["method"] == name.split("/")[0]
         assert facts["source"]
         shown += 1
-    assert shown == 7 + len(list_recipes())
+    assert shown == len(methods) + len(list_recipes()) > 100
 
 
 def test_a_dataset_shows_its_prompts_and_a_missing_one_what_it_needs(call, listed, refused):
@@ -68,6 +68,6 @@ def test_near_matches(refused, words, near):
 
 def test_marked_recipes_say_what_they_were_tuned_on(listed):
     marked = {item["name"]: item["tuned on"] for item in listed("recipes") if item["tuned on"].startswith("marked")}
-    assert marked == dict.fromkeys(
-        ("tip-adapter-f/few-shot-per-dataset", "tip-adapter/few-shot-per-dataset"), "marked: per-dataset-config"
-    )
+    assert len(marked) >= 8
+    assert set(marked.values()) == {"marked: per-dataset-config"}
+    assert {"tip-adapter/few-shot-per-dataset", "mmrl/base-to-novel-per-dataset"} <= set(marked)

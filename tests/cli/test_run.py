@@ -13,25 +13,15 @@ from PIL import Image
 from adaptkit import storage
 from adaptkit.evaluation.results import read_run
 from adaptkit.methods import methods
-
-QUICK = {
-    "coop": ["--set", "training.epochs=2", "--set", "training.views=1"],
-    "clip-adapter": ["--set", "training.epochs=2", "--set", "training.views=1"],
-    "maple": ["--set", "training.epochs=1", "--set", "training.views=1"],
-    "tip-adapter": ["--set", "training.views=1", "--set", "beta_steps=5"],
-    "tip-adapter-f": ["--set", "training.epochs=2", "--set", "training.views=1", "--set", "beta_steps=5"],
-    "linear-probe": [],
-    "zero-shot": [],
-}
+from tests.quick import quick_overrides
 
 
 @pytest.mark.parametrize("protocol", ["few-shot", "base-to-novel"])
-@pytest.mark.parametrize("method", sorted(QUICK))
+@pytest.mark.parametrize("method", sorted(methods))
 def test_every_method_runs(call, photos, tmp_path, method, protocol):
-    assert sorted(QUICK) == sorted(methods)
     out = tmp_path / "out"
     words = ["run", photos, "--method", method, "--shots", 4, "--protocol", protocol, "--out", out, "--json"]
-    outcome = call(*words, *QUICK[method])
+    outcome = call(*words, *(word for setting in quick_overrides(method) for word in ("--set", setting)))
     assert outcome.exit_code == 0, outcome.output
     printed, result = json.loads(outcome.stdout), read_run(out)
     assert printed["key_digest"] == result.key_digest

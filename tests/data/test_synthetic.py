@@ -95,7 +95,11 @@ def test_shifts_keep_the_classes_of_shapes():
 
 def test_textures():
     assert load_embedded("textures").class_names == TEXTURE_CLASSES
-    assert TEXTURE_CLASSES[16:] == UNSEEN_TEXTURES
+    assert (
+        len(set(TEXTURE_CLASSES[:12]) & set(UNSEEN_TEXTURES))
+        == len(set(TEXTURE_CLASSES[12:]) & set(UNSEEN_TEXTURES))
+        == 4
+    )
 
 
 def test_species_are_told_apart_by_their_descriptions():

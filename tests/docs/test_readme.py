@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -15,12 +16,12 @@ from adaptkit.commands.main import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"`(adaptkit (?:run|compare|predict|list|data|doctor)[^`]*)`", README)))
+COMMANDS = sorted(set(re.findall(r"`(adaptkit (?:run|compare|predict|import|explain|list|data|doctor)[^`]*)`", README)))
 
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """my_photos/ with two classes of eight images, new/ with two, in the current folder."""
+    """my_photos/ with two classes of eight images, new/ with two, output/ with a checkpoint, in the current folder."""
     numbers = np.random.default_rng(0)
     for label, colour in (("beech", (40, 160, 60)), ("oak", (200, 60, 40))):
         folder = tmp_path / "my_photos" / label
@@ -32,6 +33,9 @@ def photos(tmp_path, monkeypatch):
     Image.open(tmp_path / "my_photos/oak/0.jpg").save(tmp_path / "new/1.jpg")
     Image.open(tmp_path / "my_photos/beech/1.jpg").save(tmp_path / "new/2.jpg")
     Image.open(tmp_path / "my_photos/oak/3.jpg").save(tmp_path / "photo.png")
+    (tmp_path / "output/prompt_learner").mkdir(parents=True)  # what CoOp's release leaves behind
+    torch.save({"state_dict": {"ctx": torch.zeros(4, 128)}}, tmp_path / "output/prompt_learner/model.pth.tar-50")
+    (tmp_path / "classnames.txt").write_text("beech\noak\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
 
@@ -52,8 +56,8 @@ def test_python_blocks(photos, capsys):
 
 
 def test_command_lines(photos):
-    assert len(COMMANDS) >= 7
-    order = {"run": 0, "compare": 1, "predict": 2, "list": 3, "data": 4, "doctor": 5}
+    assert len(COMMANDS) >= 9
+    order = {"run": 0, "compare": 1, "predict": 2, "import": 3, "explain": 4, "list": 5, "data": 6, "doctor": 7}
     for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
         words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]
         outcome = CliRunner().invoke(main, words)

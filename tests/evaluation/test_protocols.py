@@ -17,6 +17,7 @@ from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, ru
 from adaptkit.evaluation.recipes import list_recipes, load_recipe
 from adaptkit.evaluation.results import is_done, read_run, write_run
 from adaptkit.methods import methods
+from tests.quick import quick_overrides
 
 DIGITS = load_dataset("digits")
 
@@ -134,11 +135,10 @@ def test_every_recipe_can_be_planned(backbone):
         task = make_task(DIGITS, recipe.protocol, 4, 1)
         if recipe.tuned_on == "per-dataset-config":
             continue  # knows none of the embedded datasets
-        overrides = ["depth=3"] if recipe.method == "maple" else []  # mini has fewer layers than a ViT-B/16
-        plan = plan_run(recipe.method, backbone, task, recipe=name, overrides=overrides)
+        plan = plan_run(recipe.method, backbone, task, recipe=name)
         assert plan.key.method == recipe.method
         planned += 1
-    assert planned == len(list_recipes()) - 2
+    assert planned == sum(load_recipe(name).tuned_on != "per-dataset-config" for name in list_recipes()) >= 80
 
 
 def test_templates_reach_the_text_tower(backbone, store):
@@ -150,23 +150,12 @@ def test_templates_reach_the_text_tower(backbone, store):
     assert np.isfinite(other.score)
 
 
-SHORT = {
-    "zero-shot": [],
-    "linear-probe": [],
-    "tip-adapter": ["views=1", "alpha_steps=3", "beta_steps=3"],
-    "tip-adapter-f": ["epochs=1", "views=1", "alpha_steps=3", "beta_steps=3"],
-    "clip-adapter": ["epochs=1", "views=1"],
-    "coop": ["epochs=1", "views=1"],
-    "maple": ["epochs=1", "views=1"],
-}
-
-
-@pytest.mark.parametrize("method", sorted(SHORT))
+@pytest.mark.parametrize("method", sorted(methods))
 def test_every_method_gives_the_same_answers_twice(backbone, store, method):
-    assert sorted(SHORT) == sorted(methods)
     task = make_task(DIGITS, "base-to-novel", 2, 0)
     first, second = (
-        run_method(plan_run(method, backbone, task, overrides=SHORT[method]), backbone, store=store) for _ in range(2)
+        run_method(plan_run(method, backbone, task, overrides=quick_overrides(method)), backbone, store=store)
+        for _ in range(2)
     )
     assert first.result.parts == second.result.parts
     assert first.result.key_digest == second.result.key_digest
@@ -179,7 +168,9 @@ def test_every_method_gives_the_same_answers_twice(backbone, store, method):
 def test_validation_images_of_novel_classes_alone_search_nothing(backbone, store, method):
     data = dataclasses.replace(DIGITS, val=DIGITS.val.subset(np.flatnonzero(DIGITS.val.labels >= 5)))
     task = make_task(data, "base-to-novel", 2, 1)
-    result = run_method(plan_run(method, backbone, task, overrides=SHORT[method]), backbone, store=store).result
+    result = run_method(
+        plan_run(method, backbone, task, overrides=quick_overrides(method)), backbone, store=store
+    ).result
     assert result.tuned_on == "none"
     assert 0 <= result.score <= 1
 
@@ -209,7 +200,7 @@ def test_recipes_with_settings_per_dataset_know_theirs_only(backbone):
             task = make_task(dataclasses.replace(DIGITS, name=dataset), recipe.protocol, 4, 1)
             assert plan_run(recipe.method, backbone, task, recipe=name).key.dataset == dataset
             planned += 1
-    assert planned == 2 * 11
+    assert planned == sum(len(load_recipe(name).by_dataset) for name in names) >= 60
 
 
 def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):

@@ -106,6 +106,16 @@ def test_class_specific_contexts_refuse_novel_classes_and_serve_subsets():
     torch.testing.assert_close(part, full[:, [2, 0]], rtol=1e-4, atol=1e-4)
 
 
+def test_context_vectors():
+    method = CoOp(BACKBONE, NAMES)
+    assert list(method.context_vectors()) == ["context"]
+    assert torch.equal(method.context_vectors()["context"], method.context)
+    method = CoOp(BACKBONE, NAMES, config=CoOpConfig(num_context=3, class_specific=True))
+    found = method.set_classes([NAMES[2], NAMES[0]]).context_vectors()
+    assert list(found) == [f"context of {NAMES[2]}", f"context of {NAMES[0]}"]
+    assert torch.equal(found[f"context of {NAMES[2]}"], method.context[2])
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -13,8 +13,16 @@ from adaptkit.methods.adapters.clip_adapter import CLIPAdapter
 from adaptkit.methods.adapters.linear_probe import LinearProbe
 from adaptkit.methods.caches.tip_adapter import TipAdapter
 from adaptkit.methods.caches.tip_adapter_f import TipAdapterF
+from adaptkit.methods.prompts.cocoop import CoCoOp
 from adaptkit.methods.prompts.coop import CoOp, CoOpConfig
+from adaptkit.methods.prompts.ivlp import IVLP, IVLPConfig
+from adaptkit.methods.prompts.kgcoop import KgCoOp
 from adaptkit.methods.prompts.maple import MaPLe, MaPLeConfig
+from adaptkit.methods.prompts.mmrl import MMRL, MMRLConfig
+from adaptkit.methods.prompts.mmrlpp import MMRLpp
+from adaptkit.methods.prompts.prograd import ProGrad, ProGradConfig
+from adaptkit.methods.prompts.promptsrc import PromptSRC, PromptSRCConfig
+from adaptkit.methods.prompts.vpt import VPT, VPTConfig
 from adaptkit.types import FitTask, TensorInputs
 
 IMAGENET = tuple(f"class {index}" for index in range(1000))
@@ -36,8 +44,22 @@ def vit_b_16():
         (CoOp, CoOpConfig(), IMAGENET, 8_192),
         (CoOp, CoOpConfig(context_init="a photo of a"), IMAGENET, 2_048),
         (CoOp, CoOpConfig(class_specific=True), IMAGENET[:10], 10 * 8_192),
+        (KgCoOp, None, IMAGENET, 2_048),
+        (ProGrad, None, IMAGENET, 8_192),
+        (ProGrad, ProGradConfig(num_context=4), IMAGENET, 2_048),
+        (CoCoOp, None, IMAGENET, 35_360),
         (MaPLe, MaPLeConfig(), IMAGENET[:3], 3_555_072),
         (MaPLe, MaPLeConfig(depth=3), IMAGENET[:3], 1_185_024),
+        (VPT, VPTConfig(), IMAGENET[:3], 73_728),
+        (VPT, VPTConfig(depth=1), IMAGENET[:3], 6_144),
+        (IVLP, IVLPConfig(), IMAGENET[:3], 30_720),
+        (IVLP, IVLPConfig(4, 4, 9, 9), IMAGENET[:3], 46_080),
+        (IVLP, IVLPConfig(4, 0, 12, 0), IMAGENET[:3], 24_576),
+        (PromptSRC, PromptSRCConfig(), IMAGENET[:3], 46_080),
+        (PromptSRC, PromptSRCConfig(text_depth=3, image_depth=3), IMAGENET[:3], 15_360),
+        (MMRL, None, IMAGENET[:3], 4_992_256),
+        (MMRL, MMRLConfig(width=2048), IMAGENET[:3], 18_762_496),
+        (MMRLpp, None, IMAGENET[:3], 813_312),
         (CLIPAdapter, None, IMAGENET, 131_072),
         (LinearProbe, None, IMAGENET, 513_000),
         (TipAdapter, None, IMAGENET, 0),

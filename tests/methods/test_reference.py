@@ -13,8 +13,14 @@ from adaptkit.errors import AdapterError, MissingPathError, UnsupportedError
 from adaptkit.methods.adapters.clip_adapter import CLIPAdapter
 from adaptkit.methods.adapters.zero_shot import ZeroShot
 from adaptkit.methods.caches.tip_adapter import TipAdapter
+from adaptkit.methods.prompts.cocoop import CoCoOp, CoCoOpConfig
 from adaptkit.methods.prompts.coop import CoOp, CoOpConfig
+from adaptkit.methods.prompts.ivlp import IVLP, IVLPConfig
+from adaptkit.methods.prompts.kgcoop import KgCoOp, KgCoOpConfig
 from adaptkit.methods.prompts.maple import MaPLe, MaPLeConfig
+from adaptkit.methods.prompts.prograd import ProGrad, ProGradConfig
+from adaptkit.methods.prompts.promptsrc import PromptSRC, PromptSRCConfig
+from adaptkit.methods.prompts.vpt import VPT, VPTConfig
 from adaptkit.methods.reference import read_reference_checkpoint
 from tests.methods.tiny import NAMES, make_task, query, tiny_clip
 
@@ -53,6 +59,67 @@ def test_coop_checkpoint(tmp_path):
     assert torch.equal(method.context, context.float())
 
 
+@pytest.mark.parametrize("count", [4, 6])
+@pytest.mark.parametrize("kind", [CoOp, KgCoOp, ProGrad])
+@pytest.mark.parametrize("part", ["", "prompt_learner."])
+def test_context_checkpoints_show_their_size(tmp_path, kind, count, part):
+    state = {
+        f"{part}ctx": torch.randn(count, 16).half(),
+        f"{part}token_prefix": torch.randn(7, 1, 16).half(),
+        f"{part}token_suffix": torch.randn(7, 76 - count, 16).half(),
+    }
+    found = read_reference_checkpoint(dassl_file(tmp_path / "model.pth.tar-100", state))
+    method = kind(BACKBONE, NAMES, config=kind.config_class(**kind.reference_settings(found)))
+    method.load_reference_state(found)
+    assert torch.equal(method.context, state[f"{part}ctx"].float())
+    assert torch.isfinite(method(query(BACKBONE, "image_features"))).all()
+
+
+def test_class_specific_contexts_show_themselves():
+    state = {"ctx": torch.randn(len(NAMES), 3, 16)}
+    settings = CoOp.reference_settings(state)
+    assert settings == {"num_context": 3, "context_init": "", "class_specific": True}
+    method = CoOp(BACKBONE, NAMES, config=CoOpConfig(**settings))
+    method.load_reference_state(state)
+    assert torch.equal(method.context, state["ctx"])
+    for kind in (KgCoOp, ProGrad, CoCoOp, CoOp):
+        assert kind.reference_settings({"adapter.fc.0.weight": torch.zeros(2, 2)}) == {}
+
+
+def test_prograds_words_behind_the_context_come_from_the_template():
+    """A checkpoint holds none: "a type of pet, a photo of a" is nine tokens, of which the context takes eight."""
+    state = {"ctx": torch.randn(8, 16)}
+    settings = ProGrad.reference_settings(state)
+    method = ProGrad(BACKBONE, NAMES, templates=["a photo of a {}, a type of pet."], config=ProGradConfig(**settings))
+    method.load_reference_state(state)
+    assert method._rows.symbols[0, 9] == BACKBONE.word_pieces("a")[0]
+
+
+def test_cocoop_checkpoint(tmp_path):
+    own = {
+        "ctx": torch.randn(4, 16),
+        "meta_net.linear1.weight": torch.randn(1, 16),
+        "meta_net.linear1.bias": torch.randn(1),
+        "meta_net.linear2.weight": torch.randn(16, 1),
+        "meta_net.linear2.bias": torch.randn(16),
+    }
+    buffers = {"token_prefix": torch.randn(7, 1, 16), "token_suffix": torch.randn(7, 72, 16)}
+    state = {f"prompt_learner.{name}": value.half() for name, value in (own | buffers).items()}
+    found = read_reference_checkpoint(dassl_file(tmp_path / "model.pth.tar-10", state))
+    assert CoCoOp.reference_settings(found) == {"num_context": 4, "context_init": ""}
+    for config in (CoCoOpConfig(), CoCoOpConfig(**CoCoOp.reference_settings(found))):
+        method = CoCoOp(BACKBONE, NAMES, config=config)
+        method.load_reference_state(found)
+        assert torch.equal(method.context, own["ctx"].half().float())
+        assert len(method.adapter_state()) == len(own)
+        for name in set(own) - {"ctx"}:
+            assert torch.equal(method.adapter_state()[name], own[name].half().float())
+    with pytest.raises(AdapterError, match=r"has no 'prompt_learner.meta_net.linear1.weight'"):
+        method.load_reference_state({"ctx": own["ctx"]})
+    with pytest.raises(AdapterError, match=r"'context' has shape \(4, 16\), \(3, 16\) was expected"):
+        KgCoOp(BACKBONE, NAMES, config=KgCoOpConfig(num_context=3)).load_reference_state({"ctx": own["ctx"]})
+
+
 def maple_state(text=16, image=24, count=2, depth=3):
     state = {
         "prompt_learner.ctx": torch.randn(count, text).half(),
@@ -77,6 +144,59 @@ def test_maple_checkpoint(tmp_path):
     assert torch.equal(method.contexts[2], state["prompt_learner.compound_prompts_text.1"])
     assert torch.equal(method.couplings[0].bias, state["prompt_learner.proj.bias"].float())
     assert torch.equal(method.couplings[1].weight, state["prompt_learner.compound_prompt_projections.0.weight"])
+
+
+def deep_state(text, image, text_layers, image_layers):
+    """What MaPLe's and PromptSRC's releases keep of deep prompts, among a whole CLIP in half precision."""
+    state = {
+        "image_encoder.class_embedding": torch.randn(24).half(),
+        "image_encoder.transformer.resblocks.1.attn.in_proj_weight": torch.randn(72, 24).half(),
+        "logit_scale": torch.tensor(4.6),
+    }
+    if text_layers:
+        state["prompt_learner.ctx"] = torch.randn(text, 16).half()
+        state["prompt_learner.token_prefix"] = torch.randn(9, 1, 16).half()
+        state["prompt_learner.token_suffix"] = torch.randn(9, 76 - text, 16).half()
+    if image_layers:
+        state["image_encoder.VPT"] = torch.randn(image, 24)
+    for tower, width, count, layers in (("text", 16, text, text_layers), ("image", 24, image, image_layers)):
+        for layer in range(1, layers):
+            state[f"{tower}_encoder.transformer.resblocks.{layer}.VPT_shallow"] = torch.randn(count, width)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [(VPT, (0, 5, 0, 3)), (IVLP, (2, 3, 3, 2)), (IVLP, (4, 0, 2, 0)), (PromptSRC, (4, 4, 3, 3))],
+)
+def test_deep_prompts_checkpoint(tmp_path, kind, sizes):
+    state = deep_state(*sizes)
+    if kind is PromptSRC:  # its frozen image encoder comes along inside the prompt learner
+        state["prompt_learner.ZS_image_encoder.class_embedding"] = torch.randn(24).half()
+    found = read_reference_checkpoint(dassl_file(tmp_path / "model.pth.tar-5", state))
+    method = kind(BACKBONE, NAMES, config=kind.config_class(**kind.reference_settings(found)))
+    method.load_reference_state(found)
+    own = method.adapter_state()
+    assert len(own) == sizes[2] + sizes[3]
+    for key, value in own.items():
+        assert torch.equal(value, state[method.reference_key(key)].float()), key
+    assert torch.isfinite(method(query(BACKBONE, "images"))).all()
+
+
+def test_deep_prompts_of_other_settings_than_the_checkpoints():
+    with pytest.raises(AdapterError, match=r"has no 'image_encoder.transformer.resblocks.2.VPT_shallow'.*'prompts.2'"):
+        VPT(BACKBONE, NAMES, config=VPTConfig(5, 3)).load_reference_state(deep_state(0, 5, 0, 2))
+    with pytest.raises(AdapterError, match=r"'text_prompts.0' has shape \(4, 16\), \(2, 16\) was expected"):
+        IVLP(BACKBONE, NAMES, config=IVLPConfig(2, 2, 3, 3)).load_reference_state(deep_state(4, 2, 3, 3))
+
+
+def test_a_reference_average_needs_no_weights_of_a_checkpoint():
+    state = deep_state(2, 2, 3, 3)
+    settings = {**PromptSRC.reference_settings(state), "averaging": "reference"}
+    method = PromptSRC(BACKBONE, NAMES, config=PromptSRCConfig(**settings))
+    method.load_reference_state(state)
+    assert torch.equal(method.image_prompts[0], state["image_encoder.VPT"])
+    assert method.image_tower() is BACKBONE.image  # which epochs were averaged isn't in the file
 
 
 def test_other_settings_than_the_checkpoints(tmp_path):

@@ -7,6 +7,7 @@ there); the ratio can be changed after training and, on request, chosen on valid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +103,11 @@ class CLIPAdapter(ClassWeightMethod, GradientMethod):
 
     def reference_key(self, key: str) -> str | None:
         return {"down.weight": "adapter.fc.0.weight", "up.weight": "adapter.fc.2.weight", "ratio": None}[key]
+
+    @classmethod
+    def reference_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The ratio can't be seen in a checkpoint."""
+        down = next((state[name] for name in ("adapter.fc.0.weight", "fc.0.weight") if name in state), None)
+        if down is None or down.dim() != 2 or not down.shape[0]:
+            return {}
+        return {"reduction": max(1, down.shape[1] // down.shape[0])}

@@ -8,7 +8,8 @@ Source: ivlp and vpt sheets ("Forward pass").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from adaptkit.methods.base import draw_normal
 from adaptkit.methods.prompts._layout import embed_pieces, open_text, phrase_pieces, placeholder
 
 INITIAL_STD = 0.02
+
+_LATER = re.compile(r"(image|text)_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -97,11 +100,41 @@ def prompted_text(tower: TextTower, rows: TextRows, prompts: Sequence[Tensor]) -
 def prompted_image(tower: ImageTower, pixels: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """Unnormalised image features [batch, dim]; `prompts[l]` [M, width] stand behind the patches at layer l.
 
-    Those of layer 0 get no position but pass the tower's first norm; deeper ones are put in as they are.
+    Those of layer 0 get no position but pass the tower's first norm; deeper ones are put in as they are. Without any
+    it is the frozen tower.
     """
+    if not prompts:
+        plain: Tensor = tower(pixels)
+        return plain
     first, *deeper = prompts
     edits = {EMBEDDING: [InsertTokens(first)]} | {
         layer: [ReplaceTokens(vectors, at=-len(vectors))] for layer, vectors in enumerate(deeper, start=1)
     }
     features: Tensor = tower(pixels, edits)
     return features
+
+
+# --- the official releases' names -------------------------------------------------------------------------------------
+
+
+def reference_name(tower: str, layer: int) -> str:
+    """What MaPLe's and PromptSRC's releases call the prompts of a layer of a tower, "image" or "text"."""
+    if layer:
+        return f"{tower}_encoder.transformer.resblocks.{layer}.VPT_shallow"
+    return "image_encoder.VPT" if tower == "image" else "prompt_learner.ctx"
+
+
+def reference_sizes(state: Mapping[str, Tensor], tower: str) -> tuple[int, int]:
+    """How many prompts a checkpoint of those releases has per layer of a tower, and in how many layers; 0, 0 for none.
+
+    Args:
+        state: As `adaptkit.methods.reference.read_reference_checkpoint` gives it.
+        tower: "image" or "text".
+    """
+    name = reference_name(tower, 0)
+    first = state.get(name, state.get(name.partition(".")[2]))
+    if first is None or first.dim() != 2:
+        return 0, 0
+    found = (_LATER.fullmatch(key) for key in state)
+    layers = [int(match[2]) for match in found if match and match[1] == tower]
+    return len(first), 1 + max(layers, default=0)

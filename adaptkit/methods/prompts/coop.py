@@ -8,25 +8,26 @@ together with class-specific contexts are refused (the reference ignores the sec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.backbones.tower import TextRows
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_normal
+from adaptkit.methods.base import MethodConfig, draw_normal
+from adaptkit.methods.prompts._context import INITIAL_STD, SharedContextMethod, reference_context
 from adaptkit.methods.prompts._layout import (
     ClassPosition,
     embed_pieces,
-    open_text,
     placeholder,
     prompt_rows,
     single_piece_words,
 )
 from adaptkit.types import TrainingSettings
-
-INITIAL_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,18 @@ class CoOpConfig(MethodConfig):
 
 
 @methods.register("coop")
-class CoOp(ClassWeightMethod, GradientMethod):
+class CoOp(SharedContextMethod):
     """Context optimisation: `context` is [M, width], or [classes, M, width] where it is class-specific."""
 
     name = "coop"
+    title = "CoOp"
     config_class = CoOpConfig
     config: CoOpConfig
     default_training = TrainingSettings(epochs=200, views=10)
 
     def build(self) -> None:
         config = self.config
-        backbone, tower = open_text(self.backbone, "CoOp")
+        backbone, tower = self.open_text()
         if config.context_init.strip():
             self._phrase = " ".join(config.context_init.replace("_", " ").split())
             self.context = nn.Parameter(embed_pieces(tower, single_piece_words(backbone, self._phrase)))
@@ -81,10 +83,9 @@ class CoOp(ClassWeightMethod, GradientMethod):
             shape = [len(self.fitted_names), *shape]
         self.context = draw_normal(shape, INITIAL_STD, self.generator)
 
-    def classes_changed(self) -> None:
-        super().classes_changed()
-        self._rows = prompt_rows(
-            open_text(self.backbone, "CoOp")[0],
+    def layout(self) -> TextRows:
+        return prompt_rows(
+            self.open_text()[0],
             self.class_names,
             self._phrase,
             self.context.shape[-2],
@@ -93,11 +94,19 @@ class CoOp(ClassWeightMethod, GradientMethod):
         )
 
     def class_weights(self) -> Tensor:
-        context: Tensor = self.context
-        if self.config.class_specific:
-            context = context[self.fitted_indices()].flatten(0, 1)  # [classes · M, width]
-        _, tower = open_text(self.backbone, "CoOp")
+        if not self.config.class_specific:
+            return super().class_weights()
+        context = self.context[self.fitted_indices()].flatten(0, 1)  # [classes · M, width]
+        _, tower = self.open_text()
         return F.normalize(tower(self._rows.to(context.device), context), dim=-1)  # [classes, dim]
 
-    def reference_key(self, key: str) -> str:
-        return "prompt_learner.ctx"
+    def context_vectors(self) -> dict[str, Tensor]:
+        if not self.config.class_specific:
+            return super().context_vectors()
+        contexts = self.context.detach()[self.fitted_indices()]
+        return {f"context of {name}": own for name, own in zip(self.class_names, contexts, strict=True)}
+
+    @classmethod
+    def reference_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        context, settings = reference_context(state), super().reference_settings(state)
+        return settings if context is None else settings | {"class_specific": context.dim() == 3}

@@ -9,9 +9,10 @@ class name, or, above four, the words are dropped silently).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from adaptkit.methods.prompts._deep import (
 )
 from adaptkit.methods.prompts._layout import open_image, open_text, prompt_rows
 from adaptkit.types import Reads, TrainingSettings
+
+_MOST_WORDS = 4  # the reference drops the words above this many context vectors
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,16 @@ class MaPLe(ClassWeightMethod, GradientMethod):
             return "prompt_learner.ctx" if layer == 0 else f"prompt_learner.compound_prompts_text.{layer - 1}"
         place = "proj" if layer == 0 else f"compound_prompt_projections.{layer - 1}"
         return ".".join(["prompt_learner", place, *rest])
+
+    @classmethod
+    def reference_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The words behind the context vectors can't be seen; with more than four vectors there are none."""
+        names = {name.removeprefix("prompt_learner."): value for name, value in state.items()}
+        if "ctx" not in names or names["ctx"].dim() != 2:
+            return {}
+        count = len(names["ctx"])
+        deeper = sum(name.startswith("compound_prompts_text.") for name in names)
+        return {"num_context": count, "depth": 1 + deeper} | ({"context_init": ""} if count > _MOST_WORDS else {})
+
+    def context_vectors(self) -> dict[str, Tensor]:
+        return {"first layer": self.contexts[0].detach()}

@@ -1,0 +1,1 @@
+"""Accuracy of the methods on the embedded backbone and datasets."""
