@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 Reads = Literal["image_features", "images"]
 """What a method trains on: frozen features (the image tower never runs in training) or pixels."""
 
-NovelClasses = Literal["open", "zero-shot", "refused"]
-"""What a method does for classes it never saw: serves them, falls back to zero-shot (flagged), or refuses."""
+NovelClasses = Literal["open", "synthesised", "zero-shot", "refused"]
+"""What a method does for classes it never saw: serves them by what it learned, makes parameters for them from their
+names and what it saw of others, falls back to zero-shot (flagged), or refuses."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 

@@ -40,6 +40,7 @@ from adaptkit.evaluation.results import (
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.storage import digest_json
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
 
@@ -229,6 +230,8 @@ def plan_run(
         "templates": list(templates_of(task, chosen)),
         "precision": precision,
     }
+    if kind.reads_descriptions != "never":
+        settings["descriptions"] = digest_json({k: list(v) for k, v in task.dataset.descriptions.items()})
     key = RunKey(
         method,
         backbone.spec.name,
@@ -305,6 +308,7 @@ class _Run:
             templates=templates_of(task, self.plan.recipe),
             config=resolved.config,
             seed=task.seed,
+            descriptions=task.dataset.descriptions,
         )
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
@@ -387,6 +391,8 @@ class _Run:
                 self.backbone, split, batch_size=self.batch_size, progress=self.progress, precision=self.precision
             )
             size = _TEST_BATCH
+            if method.transductive:
+                size = getattr(method.config, "query_batch", 0) or len(split)
             self._timed("features", began)
             began = time.perf_counter()
         for indices in torch.split(torch.arange(len(split)), size):

@@ -46,6 +46,7 @@ class AdapterConfig:
         backbone: `name`, `digest` and `embed_dim` of the backbone it belongs to.
         preprocessing: The backbone's test transform, for readers that don't use adaptkit.
         facts: Metrics and other facts of the fit.
+        descriptions: Sentences by class name, for methods that read them.
     """
 
     schema_version: int
@@ -57,6 +58,7 @@ class AdapterConfig:
     backbone: dict[str, Any]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class AdaptedModel(nn.Module):
@@ -112,6 +114,7 @@ def save_adapter(
         {"name": spec.name, "digest": spec.digest, "embed_dim": spec.embed_dim},
         spec.preprocessing.to_dict(),
         dict(facts or {}),
+        dict(method.descriptions),
     )
     state = {key: value.detach().cpu().contiguous() for key, value in method.adapter_state().items()}
     with new_folder(folder, overwrite=overwrite) as building:
@@ -179,7 +182,13 @@ def load_adapter(
         state = read_safetensors(Path(folder) / WEIGHTS_FILE, max_bytes=_MAX_WEIGHT_BYTES)
     except (StorageError, FileNotFoundError) as error:
         raise AdapterError(f"{Path(folder) / WEIGHTS_FILE} can't be read ({error}): save the adapter again.") from error
-    method = method_class(backbone, config.class_names, templates=config.templates, config=settings)
+    method = method_class(
+        backbone,
+        config.class_names,
+        templates=config.templates,
+        config=settings,
+        descriptions=config.descriptions,
+    )
     method.load_adapter_state({key: value.to(backbone.device) for key, value in state.items()})
     return AdaptedModel(method)
 
@@ -212,6 +221,7 @@ def _card(config: AdapterConfig, method: Method) -> str:
 
 _NOVEL = {
     "open": "served by what was learned",
+    "synthesised": "served by parameters made from their names and the fitted classes",
     "zero-shot": "answered zero-shot, and flagged",
     "refused": "refused",
 }

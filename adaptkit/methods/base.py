@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class Method(nn.Module):
         templates: Zero-shot templates, each with one "{}".
         config: Settings; None for the defaults.
         seed: Seeds the initial draws.
+        descriptions: Sentences by class name, for methods that read them; may hold more classes than these.
 
     Attributes:
         config_class: The type of `config`.
@@ -64,6 +65,10 @@ class Method(nn.Module):
             Not every method that has them trains by gradient (Tip-Adapter only reads the views): see `GradientMethod`.
         name: Its registered name; `adaptkit.methods.methods.get` sets nothing, the class says it.
         needs_text: Whether the backbone must have a text encoder.
+        reads_descriptions: Whether it reads sentences about classes: "never", "optional" (it uses those it is given)
+            or "needed".
+        transductive: Whether an image's logits depend on the others of its batch: tests then come in one batch, or in
+            those that the method's setting `query_batch` asks for.
     """
 
     name: ClassVar[str]
@@ -72,6 +77,8 @@ class Method(nn.Module):
     novel_classes: NovelClasses = "open"
     default_training: ClassVar[TrainingSettings | None] = None
     needs_text: ClassVar[bool] = True
+    reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "never"
+    transductive: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
@@ -82,6 +89,7 @@ class Method(nn.Module):
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         config: MethodConfig | None = None,
         seed: int = 0,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         self._backbone = (backbone,)  # a tuple, so that torch doesn't count the backbone among our modules
@@ -96,6 +104,9 @@ class Method(nn.Module):
         self.templates = check_templates(templates)
         self.fitted_names = check_names(class_names)
         self.class_names = self.fitted_names
+        reads = self.reads_descriptions != "never"
+        self.descriptions = check_descriptions(descriptions or {}) if reads else {}
+        self._require_descriptions(self.fitted_names)
         self.uses_fallback = False
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
         self.build()
@@ -110,7 +121,7 @@ class Method(nn.Module):
     @property
     def open_vocabulary(self) -> bool:
         """Whether classes it wasn't fitted on are served by what it learned."""
-        return self.novel_classes == "open"
+        return self.novel_classes in ("open", "synthesised")
 
     # --- what a method fills in ---------------------------------------------------------------------------------------
 
@@ -171,6 +182,7 @@ class Method(nn.Module):
                 method whose scores for the two aren't comparable.
         """
         names = check_names(names)
+        self._require_descriptions(names)
         novel = [name for name in names if name not in set(self.fitted_names)]
         if novel and self.novel_classes == "refused":
             raise UnsupportedError(
@@ -191,6 +203,16 @@ class Method(nn.Module):
             self.class_names, self.uses_fallback = before
             raise
         return self
+
+    def _require_descriptions(self, names: Sequence[str]) -> None:
+        """Refuse classes that no sentence describes, for methods that need them."""
+        missing = [name for name in names if not self.descriptions.get(name)]
+        if missing and self.reads_descriptions == "needed":
+            others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise DataError(
+                f"{self.name} reads descriptions of the classes, and {missing[0]!r}{others} has none: give a file with"
+                " sentences for every class (--descriptions), or choose a method that reads names alone."
+            )
 
     def fitted_indices(self) -> Tensor:
         """Index among the fitted classes of each current class, int64 [classes]; no novel classes."""
@@ -288,6 +310,23 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise DataError(f"Class name {twice[0]!r} occurs {names.count(twice[0])} times: make the names unique.")
     return names
+
+
+def check_descriptions(descriptions: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Sentences by class name as tuples, refusing what isn't a text or is empty.
+
+    Raises:
+        DataError: A sentence isn't a text, or is empty; the message names its class.
+    """
+    checked = {}
+    for name, sentences in descriptions.items():
+        wrong = [one for one in sentences if not isinstance(one, str) or not one.strip()]
+        if wrong or isinstance(sentences, str):
+            raise DataError(
+                f"The descriptions of {name!r} must be a list of sentences; {wrong[:1] or sentences!r} isn't."
+            )
+        checked[name] = tuple(sentences)
+    return checked
 
 
 def draw_linear(inputs: int, outputs: int, numbers: torch.Generator, *, bias: bool = True) -> nn.Linear:
