@@ -78,7 +78,7 @@ def test_it_says_what_it_is(name, method):
     assert issubclass(kind.config_class, MethodConfig)
     assert [field.name for field in fields(kind.config_class) if not field.metadata.get("help")] == []
     assert kind.reads in ("image_features", "images")
-    assert kind.novel_classes in ("open", "zero-shot", "refused")
+    assert kind.novel_classes in ("open", "synthesised", "zero-shot", "refused")
 
 
 def test_logits_of_a_batch(backbone, method):
