@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones.base import Tokens
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tower import BlockShape, ImageShape, ImageTower, TextShape, TextTower
-from tests.methods.tiny import DIM, SIZE, _fill, tiny_clip
+from tests.methods.tiny import DIM, SIZE, Letters, _fill, tiny_clip
 
 
 def plain_text(backbone, names, words, prompts) -> Tensor:
@@ -55,22 +53,6 @@ def assert_same_gradients(ours: Tensor, wanted: Tensor, parameters) -> None:
     for mine, other in zip(got, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
         assert float(mine.norm()) > 0
-
-
-class Letters:
-    """One token per word or full stop, no start token, padded with 1, pooled at the last position, as SigLIP does."""
-
-    facts: ClassVar[dict] = {}
-
-    def word_pieces(self, text):
-        return [2 + sum(map(ord, word)) % 90 for word in text.replace(".", " .").split()]
-
-    def __call__(self, texts):
-        ids = torch.ones(len(texts), 12, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            pieces = self.word_pieces(text)
-            ids[row, : len(pieces)] = torch.tensor(pieces)
-        return Tokens(ids, torch.full((len(texts),), 11))
 
 
 def siglip_like() -> DualEncoder:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from adaptkit.backbones.base import Tokens
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tower import BlockShape, TextShape, TextTower
-from tests.methods.tiny import _fill, image_tower, query, tiny_clip
+from tests.methods.tiny import Letters, _fill, image_tower, query, tiny_clip
 
 BACKBONE = tiny_clip()
 SCALE = 20.0
@@ -54,22 +52,6 @@ def moved(method, seed=0):
 
 def gradients(method):
     return {name: parameter.grad for name, parameter in method.named_parameters()}
-
-
-class Letters:
-    """SigLIP-like: no start token, one token per word or full stop, padded with 1, pooled at the last position."""
-
-    facts: ClassVar[dict] = {}
-
-    def word_pieces(self, text):
-        return [2 + sum(map(ord, word)) % 90 for word in text.replace(".", " .").split()]
-
-    def __call__(self, texts):
-        ids = torch.ones(len(texts), 12, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            pieces = self.word_pieces(text)
-            ids[row, : len(pieces)] = torch.tensor(pieces)
-        return Tokens(ids, torch.full((len(texts),), 11))
 
 
 def siglip_like():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,25 +152,9 @@ def test_a_tokenizer_without_a_start_token():
     """SigLIP-like: the context begins at position 0, and nothing is causal."""
     from dataclasses import replace
 
-    from adaptkit.backbones.base import Tokens
     from adaptkit.backbones.dual_encoder import DualEncoder
     from adaptkit.backbones.tower import BlockShape, TextShape, TextTower
-    from tests.methods.tiny import _fill, image_tower
-
-    class Letters:
-        """One token per word or full stop, padded with 1, pooled at the last position."""
-
-        facts: ClassVar[dict] = {}
-
-        def word_pieces(self, text):
-            return [2 + sum(map(ord, word)) % 90 for word in text.replace(".", " .").split()]
-
-        def __call__(self, texts):
-            ids = torch.ones(len(texts), 12, dtype=torch.int64)
-            for row, text in enumerate(texts):
-                pieces = self.word_pieces(text)
-                ids[row, : len(pieces)] = torch.tensor(pieces)
-            return Tokens(ids, torch.full((len(texts),), 11))
+    from tests.methods.tiny import Letters, _fill, image_tower
 
     tower = TextTower(TextShape(BlockShape(16, 2, 2, 32), 92, 12, 16, causal=False))
     _fill(tower, 4)

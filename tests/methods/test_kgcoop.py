@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.errors import BackboneError, ConfigError, DataError
+from adaptkit.errors import ConfigError
 from adaptkit.methods.prompts.coop import CoOp, CoOpConfig
 from adaptkit.methods.prompts.kgcoop import KgCoOp, KgCoOpConfig
 from adaptkit.training.loop import fit_method
@@ -27,7 +27,7 @@ from tests.methods.plain_context import (
     plain_weights,
     siglip_like,
 )
-from tests.methods.tiny import NAMES, NOVEL, closed_text, make_task
+from tests.methods.tiny import NAMES, NOVEL, make_task
 
 
 @settings(max_examples=10, deadline=None)
@@ -125,23 +125,3 @@ def test_bad_settings(values, said):
 def test_a_phrase_shorter_than_the_context_is_refused():
     with pytest.raises(ConfigError, match=r"'a photo of a' has 4 tokens, fewer than the 16 context vectors"):
         KgCoOp(BACKBONE, NAMES, config=KgCoOpConfig(num_context=16))
-
-
-def test_a_name_that_overflows_is_named():
-    with pytest.raises(
-        DataError, match=r"Class name '(very )+long' \(71 tokens\) doesn't fit beside \d+ context vecto"
-    ):
-        KgCoOp(BACKBONE, ["cat", "very " * 70 + "long"])
-
-
-def test_a_closed_text_tower_is_refused():
-    with pytest.raises(BackboneError, match=r"KgCoOp must reach inside the text tower.*it is a test's"):
-        KgCoOp(closed_text(), NAMES)
-
-
-def test_context_vectors():
-    method = KgCoOp(BACKBONE, NAMES)
-    found = method.context_vectors()
-    assert list(found) == ["context"]
-    assert torch.equal(found["context"], method.context)
-    assert not found["context"].requires_grad

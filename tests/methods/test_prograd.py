@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptkit.errors import BackboneError, ConfigError, DataError
+from adaptkit.errors import ConfigError
 from adaptkit.methods.prompts.prograd import ProGrad, ProGradConfig, hint_first, without_conflict
 from adaptkit.training.loop import fit_method
 from adaptkit.types import TrainingSettings
@@ -24,7 +24,7 @@ from tests.methods.plain_context import (
     plain_weights,
     siglip_like,
 )
-from tests.methods.tiny import NAMES, closed_text, make_task, tiny_clip
+from tests.methods.tiny import NAMES, make_task, tiny_clip
 
 
 def plain_prograd(method, labels, context, phrase, template, temperature, share):
@@ -183,23 +183,3 @@ def test_on_a_text_tower_without_a_causal_mask():
 def test_bad_settings(values, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         ProGradConfig(**values)
-
-
-def test_a_name_that_overflows_is_named():
-    with pytest.raises(
-        DataError, match=r"Class name '(very )+long' \(71 tokens\) doesn't fit beside \d+ context vecto"
-    ):
-        ProGrad(BACKBONE, ["cat", "very " * 70 + "long"])
-
-
-def test_a_closed_text_tower_is_refused():
-    with pytest.raises(BackboneError, match=r"ProGrad must reach inside the text tower.*it is a test's"):
-        ProGrad(closed_text(), NAMES)
-
-
-def test_context_vectors():
-    method = ProGrad(BACKBONE, NAMES)
-    found = method.context_vectors()
-    assert list(found) == ["context"]
-    assert torch.equal(found["context"], method.context)
-    assert not found["context"].requires_grad

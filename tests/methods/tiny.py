@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from adaptkit.backbones.base import BackboneSpec, Preprocessing
+from adaptkit.backbones.base import BackboneSpec, Preprocessing, Tokens
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tokenizing import ClipTokenizer
 from adaptkit.backbones.tower import BlockShape, ImageShape, ImageTower, TextShape, TextTower
@@ -58,6 +60,22 @@ def closed_text() -> DualEncoder:
 
     spec = BackboneSpec("closed", "x", "2" * 64, DIM, Preprocessing(SIZE), CONTEXT, opaque_text="it is a test's")
     return DualEncoder(spec, opened.image, Closed(), ClipTokenizer(), logit_scale=20.0)
+
+
+class Letters:
+    """SigLIP-like: no start token, one token per word or full stop, padded with 1, pooled at the last position."""
+
+    facts: ClassVar[dict] = {}
+
+    def word_pieces(self, text):
+        return [2 + sum(map(ord, word)) % 90 for word in text.replace(".", " .").split()]
+
+    def __call__(self, texts):
+        ids = torch.ones(len(texts), 12, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            pieces = self.word_pieces(text)
+            ids[row, : len(pieces)] = torch.tensor(pieces)
+        return Tokens(ids, torch.full((len(texts),), 11))
 
 
 def drawn_images(labels: Tensor, views: int, seed: int) -> Tensor:
