@@ -28,6 +28,7 @@ from torch import Tensor
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
 from adaptkit.config import to_mapping
+from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
 from adaptkit.data.transforms import augment, to_pixels
 from adaptkit.errors import AdapterError, ConfigError, DataError, MissingPathError
@@ -64,6 +65,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         backbone: Name as for `adaptkit.load_backbone`, or a loaded backbone (shared, never copied or changed).
         templates: Sentences with one "{}" for the class name; None for "a photo of a {}.".
         class_names: What a text tower reads for a label, where that isn't the label itself: {"cls_07": "red fox"}.
+        descriptions: Sentences about the classes, by class name or label, or a file or folder of them (see
+            `adaptkit.data.descriptions`), for methods that read them ("dclip", "cupl", "vdt-adapter", …).
         training: Settings of the gradient loop and the views, such as {"epochs": 20}.
         settings: Settings of the method, such as {"num_context": 4}.
         recipe: Name or path of a recipe to start from; `training` and `settings` win over it.
@@ -98,6 +101,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         *,
         templates: str | Sequence[str] | None = None,
         class_names: Mapping[Any, str] | None = None,
+        descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
         training: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
         recipe: str | Path | None = None,
@@ -110,6 +114,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         self.backbone = backbone
         self.templates = templates
         self.class_names = class_names
+        self.descriptions = descriptions
         self.training = training
         self.settings = settings
         self.recipe = recipe
@@ -163,6 +168,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             templates=self._templates(),
             config=resolved.config,
             seed=self.seed,
+            descriptions=self._descriptions(),
         )
         look = _Look(backbone, method.reads, resolved.training, self.seed, self.batch_size)
         shots, frozen = pictures.take(train), None
@@ -212,6 +218,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         if unknown:
             raise ConfigError(f"class_names names {unknown[0]!r}, which is no label of the images: check its spelling.")
         return tuple(str(names.get(label, label)) for label in labels)
+
+    def _descriptions(self) -> dict[str, tuple[str, ...]] | None:
+        """Sentences by display name, and under their own names those of classes that aren't among the labels."""
+        if self.descriptions is None:
+            return None
+        if not isinstance(self.descriptions, (Mapping, str, Path)):
+            raise ConfigError(
+                f"descriptions is a {type(self.descriptions).__name__}: give sentences by class name, or a path."
+            )
+        labels = [str(label) for label in self.classes_.tolist()]
+        matched = descriptions_for(self.descriptions, self.class_names_, labels)
+        return {**matched.others, **matched.descriptions}
 
     # --- predicting ---------------------------------------------------------------------------------------------------
 
@@ -288,6 +306,7 @@ def load(
         config.backbone["name"] if backbone is None else backbone,
         templates=config.templates,
         class_names=names or None,
+        descriptions=config.descriptions or None,
         settings=to_mapping(model.method.config) or None,
         seed=seed if isinstance(seed, int) else 0,
         device=device,

@@ -84,14 +84,21 @@ class TrainingSettings:
     Source: protocol-training sheet, section 4 (CoOp line: SGD with one constant warm-up epoch, cosine per epoch).
     """
 
-    epochs: int = field(default=50, metadata={"help": "Passes over the few shots."})
+    epochs: int = field(default=50, metadata={"help": "Passes over the few shots; 0 leaves it to steps_per_shot."})
+    steps_per_shot: int = field(default=0, metadata={"help": "Steps in all per shot of a class, where epochs is 0."})
     batch_size: int = field(default=32, metadata={"help": "Images per step."})
-    optimiser: Literal["sgd", "adamw"] = field(default="sgd", metadata={"help": "sgd (momentum) or adamw."})
+    keep_last: bool = field(
+        default=False, metadata={"help": "Train also on an epoch's last, smaller batch, not only on full ones."}
+    )
+    optimiser: Literal["sgd", "adam", "adamw"] = field(
+        default="sgd", metadata={"help": "sgd (momentum), adam or adamw."}
+    )
     lr: float = field(default=2e-3, metadata={"help": "Base learning rate."})
+    min_lr: float = field(default=0.0, metadata={"help": "Where the cosine ends."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay on every trained tensor."})
-    eps: float = field(default=1e-8, metadata={"help": "Epsilon of adamw."})
-    schedule: Literal["cosine-epoch", "cosine-epoch-squared", "cosine-step", "constant"] = field(
+    eps: float = field(default=1e-8, metadata={"help": "Epsilon of adam and adamw."})
+    schedule: Literal["cosine-epoch", "cosine-epoch-squared", "cosine-step", "cosine-restarts", "constant"] = field(
         default="cosine-epoch", metadata={"help": "How the learning rate falls: per epoch, per step, or not."}
     )
     warmup_epochs: int = field(default=1, metadata={"help": "First epochs at the constant warm-up rate."})

@@ -1,7 +1,13 @@
-"""Settings that make any method's run short, for tests that only need it to have run."""
+"""What lets a test run any method in short time: settings, and sentences for methods that read some."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from adaptkit.data.splits import Dataset
 from adaptkit.methods import methods
 from adaptkit.methods.base import GradientMethod
 
@@ -12,5 +18,30 @@ def quick_overrides(name: str) -> list[str]:
     overrides = [] if kind.default_training is None else ["training.views=1"]
     if issubclass(kind, GradientMethod):
         overrides.append("training.epochs=1")
+    if "iterations" in kind.config_class.__dataclass_fields__:
+        overrides.append("method.iterations=3")
+    if "epochs" in kind.config_class.__dataclass_fields__:
+        overrides.append("method.epochs=2")  # of a loop of its own
+    if "skew" in kind.config_class.__dataclass_fields__:
+        overrides.append("method.skew=iid")  # too few classes to be divided among clients
     searched = [field for field in kind.config_class.__dataclass_fields__ if field.endswith("_steps")]
     return overrides + [f"method.{field}=3" for field in searched]
+
+
+def sentences(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Two sentences for each class."""
+    return {name: (f"{name}, which has a shape of its own.", f"a drawing that shows {name} alone") for name in names}
+
+
+def described(dataset: Dataset) -> Dataset:
+    """The dataset with sentences about its classes; methods that read none don't notice."""
+    return dataclasses.replace(dataset, descriptions=sentences(dataset.class_names))
+
+
+def description_words(name: str, names: Iterable[str], folder: Path) -> list[str]:
+    """Words of the command line that hand a method sentences, where it needs them."""
+    if methods.get(name).reads_descriptions != "needed":
+        return []
+    path = folder / "sentences.json"
+    path.write_text(json.dumps(sentences(names)), encoding="utf-8")
+    return ["--descriptions", str(path)]

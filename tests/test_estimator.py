@@ -449,6 +449,44 @@ def test_the_adapted_model_is_a_plain_module():
 # --- scikit-learn -----------------------------------------------------------------------------------------------------
 
 
+def test_descriptions_come_as_sentences_or_as_a_file(tmp_path):
+    images, labels = draw()
+    sentences = {
+        "oak": ["lobed leaves"],
+        "Red fox": ["a red coat", "a bushy tail"],
+        "river": ["water"],
+        "owl": ["eyes"],
+    }
+    given = FewShotClassifier("cupl", "tiny", descriptions=sentences).fit(images, labels)
+    assert given.model_.method.descriptions["red_fox"] == ("a red coat", "a bushy tail")
+    (tmp_path / "d.json").write_text(json.dumps(sentences))
+    read = FewShotClassifier("cupl", "tiny", descriptions=tmp_path / "d.json").fit(images, labels)
+    np.testing.assert_array_equal(read.predict_proba(images), given.predict_proba(images))
+    assert read.model_.set_classes(["owl", "oak"]).class_names == ("owl", "oak")  # others in the file can be asked for
+    assert clone(given).get_params()["descriptions"] == sentences
+    given.save(tmp_path / "adapter")
+    loaded = adaptkit.load(tmp_path / "adapter", CLIP)
+    np.testing.assert_array_equal(loaded.predict_proba(images), given.predict_proba(images))
+    shown = FewShotClassifier(
+        "cupl", "tiny", class_names={"red_fox": "vulpes"}, descriptions={**sentences, "vulpes": "x"}
+    )
+    assert shown.fit(images, labels).model_.method.descriptions["vulpes"] == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "says"),
+    [
+        (None, "cupl reads descriptions of the classes"),
+        ({"oak": ["x"], "river": []}, r"1 class missing \(red_fox\), 1 class without a sentence \(river\)"),
+        (["x"], "descriptions is a list: give sentences by class name, or a path"),
+        ("nowhere.json", "There are no descriptions at nowhere.json"),
+    ],
+)
+def test_descriptions_that_do_not_fit(descriptions, says):
+    with pytest.raises((ConfigError, DataError), match=says):
+        FewShotClassifier("cupl", "tiny", descriptions=descriptions).fit(*draw())
+
+
 def test_it_is_a_classifier_that_can_be_cloned_and_changed():
     classifier = FewShotClassifier("coop", CLIP, settings={"num_context": 2})
     assert is_classifier(classifier)

@@ -7,7 +7,8 @@
     transformers:ID_OR_FOLDER   CLIP, SigLIP, Chinese-CLIP, … and vision-only models of transformers
     timm:NAME_OR_FOLDER         image encoders without text
 
-A bare name is never taken for a folder.
+Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes). A bare name
+is never taken for a folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.building import from_library, unknown_name
+from adaptkit.backbones.quantised import load_bitsandbytes, quantise, split_kind
 from adaptkit.errors import AdaptKitWarning, BackboneError, MissingPathError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -106,7 +108,8 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
 
     Args:
         name: "mini", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random weights),
-            "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER".
+            "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with @int8 or
+            @nf4 behind it quantised.
         device: Where it shall live.
 
     Returns:
@@ -122,6 +125,7 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         >>> load_backbone("mini").spec.name
         'mini'
     """
+    name, quantisation = split_kind(name)
     parsed = parse_backbone_name(name)
     loaders: dict[str, Callable[[BackboneName], DualEncoder]] = {
         "mini": _load_mini,
@@ -132,7 +136,10 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         "timm": _load_timm,
     }
     place = _device(device)  # first: loading can take minutes
-    return loaders[parsed.scheme](parsed).to(place)
+    if quantisation:
+        load_bitsandbytes()  # before what takes minutes
+    backbone = loaders[parsed.scheme](parsed).to(place)
+    return quantise(backbone, quantisation) if quantisation else backbone
 
 
 def _device(device: str | torch.device) -> torch.device:

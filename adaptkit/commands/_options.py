@@ -112,6 +112,18 @@ protocol_options = apply(
         click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Images per class."),
     ]
 )
+descriptions_options = apply(
+    [
+        click.option(
+            "--descriptions",
+            type=click.Path(),
+            help="Sentences about the classes: a JSON, CSV or text file, or a folder with a text file per class.",
+        ),
+        click.option(
+            "--allow-undescribed", is_flag=True, help="Accept classes that the descriptions leave out (reported)."
+        ),
+    ]
+)
 _task_options = apply(
     [
         click.argument("dataset_argument", metavar="[DATASET]", required=False),
@@ -120,6 +132,7 @@ _task_options = apply(
         protocol_options,
         click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views."),
         data_options,
+        descriptions_options,
         engine_options,
     ]
 )
@@ -140,6 +153,8 @@ class TaskOptions:
     allow_fewer: bool
     display_names: str | None
     skip_unreadable: bool
+    descriptions: str | None
+    allow_undescribed: bool
     device: str
     batch_size: int
     precision: Precision

@@ -22,6 +22,7 @@ def load_task(options: TaskOptions, progress: ProgressCallback) -> Task:
     from dataclasses import replace
 
     from adaptkit.data.checks import drop_unreadable
+    from adaptkit.data.descriptions import with_descriptions
     from adaptkit.data.sources import load_dataset
     from adaptkit.evaluation.protocols import make_task
 
@@ -32,6 +33,8 @@ def load_task(options: TaskOptions, progress: ProgressCallback) -> Task:
         shots=options.shots,
         display_names=options.display_names,
     )
+    if options.descriptions is not None:
+        data = with_descriptions(data, options.descriptions, allow_missing=options.allow_undescribed)
     if options.skip_unreadable:
         train, dropped = drop_unreadable(data.train, progress=progress)
         val, more = (None, []) if data.val is None else drop_unreadable(data.val, progress=progress)

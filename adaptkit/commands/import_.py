@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     " 'n01440764 tench'), or a dataset.",
 )
 @click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders.")
+@click.option("--descriptions", type=click.Path(), help="Sentences about the classes, for methods that read them.")
 @click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble.")
 @click.option(
     "--set",
@@ -43,6 +44,7 @@ def command(
     backbone: str,
     classes: str,
     data_root: str | None,
+    descriptions: str | None,
     templates: tuple[str, ...],
     overrides: tuple[str, ...],
     out: Path,
@@ -70,6 +72,7 @@ def command(
 
     from adaptkit.backbones.load import load_backbone
     from adaptkit.data.class_names import find_class_names
+    from adaptkit.data.descriptions import descriptions_for
     from adaptkit.methods.adapter import save_adapter
     from adaptkit.methods.importing import find_checkpoint, import_reference
     from adaptkit.methods.reference import read_reference_checkpoint
@@ -79,9 +82,12 @@ def command(
     files = [find_checkpoint(path) for path in checkpoints]
     state = read_reference_checkpoint(*files)
     names = find_class_names(classes, data_root=data_root)
+    sentences = None if descriptions is None else descriptions_for(descriptions, names).descriptions
     prompts = check_templates(templates or DEFAULT_TEMPLATES)
     model = load_backbone(backbone, device=device)
-    imported = import_reference(method, state, model, names, templates=prompts, settings=settings)
+    imported = import_reference(
+        method, state, model, names, templates=prompts, settings=settings, descriptions=sentences
+    )
     digests = {path.name: digest_file(path) for path in files}
     facts = {"imported_from": ", ".join(f"{name} (sha256 {digest})" for name, digest in digests.items())}
     save_adapter(out, imported.model, facts, overwrite=overwrite)

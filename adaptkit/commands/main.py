@@ -15,10 +15,12 @@ _VERBS = {
     "run": "run one method on one task",
     "compare": "many methods on one task, ranked",
     "predict": "class names and probabilities for images",
+    "export": "an adapter in another library's layout",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",
     "data": "what is there, what is missing, what to do",
+    "describe": "let a language model describe classes",
     "doctor": "versions, device, caches, data roots",
 }
 _MODULES = {"import": "import_"}  # Python keeps the word for itself

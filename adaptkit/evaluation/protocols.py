@@ -395,12 +395,17 @@ class _Run:
                 size = getattr(method.config, "query_batch", 0) or len(split)
             self._timed("features", began)
             began = time.perf_counter()
-        for indices in torch.split(torch.arange(len(split)), size):
+        order = torch.arange(len(split))
+        if method.transductive and size < len(split):
+            # many datasets list their images class by class, and batches in that order would give the labels away
+            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(self.plan.task.seed))
+        for done, indices in enumerate(torch.split(order, size)):
             if self.progress is not None and method.reads == "images":
-                self.progress(f"{method.name}: testing", int(indices[0]), len(split))
+                self.progress(f"{method.name}: testing", done * size, len(split))
             rows.append(method(inputs.select(indices).to(self.backbone.device)).float().cpu())
         self._timed("evaluate", began)
-        return torch.cat(rows).numpy()
+        logits = torch.cat(rows)
+        return torch.empty_like(logits).index_copy_(0, order, logits).numpy()
 
     # --- the record ---------------------------------------------------------------------------------------------------
 

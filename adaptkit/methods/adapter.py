@@ -121,6 +121,7 @@ def save_adapter(
         write_safetensors(building / WEIGHTS_FILE, state)
         write_json(building / CONFIG_FILE, asdict(config))
         (building / "README.md").write_text(_card(config, method), encoding="utf-8")
+        method.write_extras(building)
     return Path(folder)
 
 

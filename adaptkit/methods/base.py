@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,6 +70,9 @@ class Method(nn.Module):
             or "needed".
         transductive: Whether an image's logits depend on the others of its batch: tests then come in one batch, or in
             those that the method's setting `query_batch` asks for.
+        scores_by_class_list: Whether a class's logits depend on which other classes are asked for (APE chooses its
+            channels for a list of classes); usually a subset's logits are those of all, picked out.
+        tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
     """
 
     name: ClassVar[str]
@@ -79,6 +83,8 @@ class Method(nn.Module):
     needs_text: ClassVar[bool] = True
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "never"
     transductive: ClassVar[bool] = False
+    scores_by_class_list: ClassVar[bool] = False
+    tunes_towers: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
@@ -151,6 +157,17 @@ class Method(nn.Module):
         None where the release keeps no such entry and ours stays as it is.
         """
         raise UnsupportedError(f"{self.name} has no reference checkpoints to read.")
+
+    def reference_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A checkpoint under the names that `reference_key` gives, for releases that write other ones to their files.
+
+        Args:
+            state: As `adaptkit.methods.reference.read_reference_checkpoint` gives it.
+        """
+        return state
+
+    def write_extras(self, folder: Path) -> None:
+        """Write what other libraries read into an adapter's folder, when it is saved. Most methods have nothing."""
 
     @classmethod
     def reference_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -280,6 +297,7 @@ class Method(nn.Module):
         Raises:
             AdapterError: An entry is missing, or has another shape than these settings and this backbone ask for.
         """
+        state = self.reference_state(state)
         own = self.adapter_state()
         if not own:
             raise UnsupportedError(f"{self.name} has no reference checkpoints to read: it learns nothing.")
@@ -398,6 +416,23 @@ class ClassWeightMethod(Method):
         return self.cosine_logits(inputs, self.folded_weights())
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Trainables that an optimiser treats alike.
+
+    Args:
+        parameters: The trainables.
+        lr: Base learning rate, which the schedule moves in step with the settings' own; None for the settings'.
+        weight_decay: None for the settings'.
+        betas: Averages' decay of adam and adamw; None for torch's own. Other optimisers have none.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+
+
 def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of named loss terms, in fp32."""
     return torch.stack([term.float() for term in terms.values()]).sum()
@@ -416,6 +451,10 @@ class GradientMethod(Method):
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""
+
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        """What the loop trains, as groups of the optimiser; here all trainables as one."""
+        return (ParameterGroup(tuple(p for p in self.parameters() if p.requires_grad)),)
 
     def losses(self, inputs: Tensor, labels: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
         """Named loss terms, whose sum is minimised.

@@ -89,6 +89,7 @@ def import_reference(
     *,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     settings: Mapping[str, Any] | None = None,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
 ) -> Imported:
     """Build a method with what a reference checkpoint holds.
 
@@ -99,6 +100,7 @@ def import_reference(
         class_names: In label order; the checkpoint doesn't hold them.
         templates: Zero-shot templates.
         settings: Settings by field name; they win over those that the checkpoint shows.
+        descriptions: Sentences by class name, for methods that read them; the checkpoint doesn't hold them.
 
     Raises:
         UnknownNameError: No such method.
@@ -113,12 +115,13 @@ def import_reference(
         raise AdapterError(_nothing_found(method, state, backbone)) from error
     config = from_mapping(kind.config_class, merge(inferred, settings or {}), where=f"the settings of {method}")
     try:
-        built = kind(backbone, class_names, templates=templates, config=config)
+        built = kind(backbone, class_names, templates=templates, config=config, descriptions=descriptions)
     except ConfigError as error:
         if inferred or settings or not _fitting(state, backbone):
             raise
         # nothing was seen, and the defaults are too deep for the backbone: that isn't what is wrong here
         raise AdapterError(_nothing_found(method, state, backbone)) from error
+    state = built.reference_state(state)
     places = _places(built, state)
     taken = {name for name in places.values() if name is not None}
     if not taken:
@@ -208,14 +211,14 @@ def _fitting(state: Mapping[str, Tensor], backbone: Backbone, *, shapes: bool = 
             kind = methods.get(name)
             config = from_mapping(kind.config_class, kind.reference_settings(state))
             method = kind(backbone, ["thing"], config=config)
-            places = _places(method, state)
+            places = _places(method, method.reference_state(state))
             wanted = {key: places[key] for key in places if method.reference_key(key) is not None}
         except (AdaptKitError, ImportError):  # no such files, not for this backbone, or a plugin that isn't all there
             continue
         taken = {place for place in wanted.values() if place is not None}
         if not wanted or None in wanted.values():
             continue
-        if not shapes or not _wrong_shape(method, state, places):
+        if not shapes or not _wrong_shape(method, method.reference_state(state), places):
             found[name] = taken
     return found
 

@@ -1,7 +1,8 @@
 """Checkpoints of the methods' official releases, read safely.
 
 They come as torch files: a dictionary with `state_dict` (CoOp, MaPLe and the rest of that line, which also store the
-optimiser), a state dictionary itself, or a bare tensor (Tip-Adapter). Others come as safetensors.
+optimiser), a state dictionary itself, a bare tensor (Tip-Adapter), or tensors in nested dictionaries with metadata
+beside them (CLIP-LoRA). Others come as safetensors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from adaptkit.errors import AdapterError, MissingPathError, StorageError
 from adaptkit.storage import read_safetensors
 
 _MAX_BYTES = 8 * 2**30
+_MAX_NESTING = 8
 _SHOTS_SUFFIX = re.compile(r"_\d+shots?$")
+
+
+class ReferenceState(dict[str, Tensor]):
+    """Tensors by name, with what the file says beside them.
+
+    Attributes:
+        metadata: Plain values by name; empty where the file holds none.
+    """
+
+    metadata: Mapping[str, Any] = {}
 
 
 def read_reference_checkpoint(*paths: str | Path) -> dict[str, Tensor]:
@@ -36,13 +48,15 @@ def read_reference_checkpoint(*paths: str | Path) -> dict[str, Tensor]:
         MissingPathError: No such file.
         AdapterError: The file is damaged, holds anything but plain tensors and values, or two files hold the same name.
     """
-    state: dict[str, Tensor] = {}
+    state = ReferenceState()
     for path in map(Path, paths):
         found = _read(path)
         twice = sorted(set(found) & set(state))
         if twice:
             raise AdapterError(f"{path} holds {twice[0]!r}, which another of the files holds too: give each part once.")
         state.update(found)
+        if isinstance(found, ReferenceState):
+            state.metadata = {**state.metadata, **found.metadata}
     return state
 
 
@@ -59,12 +73,31 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {_SHOTS_SUFFIX.sub("", path.stem): content.detach()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
+    if isinstance(content, Mapping) and isinstance(content.get("weights"), Mapping):
+        nested = ReferenceState(_flat(content["weights"], path))
+        nested.metadata = content["metadata"] if isinstance(content.get("metadata"), Mapping) else {}
+        return nested
     if not isinstance(content, Mapping):
         raise AdapterError(f"{path} holds a {type(content).__name__}, not a state dictionary or a tensor.")
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise AdapterError(f"{path} holds no tensors by name: it isn't a checkpoint of a method.")
     return tensors
+
+
+def _flat(content: Mapping[Any, Any], path: Path, start: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """Nested dictionaries of tensors as one, names joined by dots."""
+    if depth > _MAX_NESTING:
+        raise AdapterError(
+            f"{path} nests its tensors deeper than {_MAX_NESTING} levels: it isn't a checkpoint of ours."
+        )
+    found: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, path, f"{start}{key}.", depth + 1)
+        elif isinstance(value, Tensor):
+            found[f"{start}{key}"] = value.detach()
+    return found
 
 
 _NOT_NEEDED = {

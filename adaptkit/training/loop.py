@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.errors import ConfigError, DataError, TrainingError
-from adaptkit.methods.base import GradientMethod, Method, total_loss
+from adaptkit.methods.base import GradientMethod, Method, ParameterGroup, total_loss
 from adaptkit.training.schedule import SCHEDULES, learning_rate
 from adaptkit.training.seeding import generator, seeded
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
@@ -103,14 +104,16 @@ def check_settings(settings: TrainingSettings) -> None:
         f"{name} is {value!r}, but must be {wanted}"
         for name, value, wanted, ok in (
             ("epochs", settings.epochs, "at least 0", settings.epochs >= 0),
+            ("steps_per_shot", settings.steps_per_shot, "at least 0", settings.steps_per_shot >= 0),
             ("batch_size", settings.batch_size, "at least 1", settings.batch_size >= 1),
             ("lr", settings.lr, "a positive number", 0 < settings.lr < math.inf),
+            ("min_lr", settings.min_lr, "at least 0 and at most lr", 0 <= settings.min_lr <= settings.lr),
             ("warmup_epochs", settings.warmup_epochs, "at least 0", settings.warmup_epochs >= 0),
             ("warmup_lr", settings.warmup_lr, "0 or more", 0 <= settings.warmup_lr < math.inf),
             ("weight_decay", settings.weight_decay, "0 or more", 0 <= settings.weight_decay < math.inf),
             ("momentum", settings.momentum, "at least 0 and below 1", 0 <= settings.momentum < 1),
             ("eps", settings.eps, "a positive number", 0 < settings.eps < math.inf),
-            ("optimiser", settings.optimiser, "sgd or adamw", settings.optimiser in ("sgd", "adamw")),
+            ("optimiser", settings.optimiser, "sgd, adam or adamw", settings.optimiser in ("sgd", "adam", "adamw")),
             ("precision", settings.precision, "fp32, bf16 or fp16", settings.precision in ("fp32", "bf16", "fp16")),
             ("schedule", settings.schedule, f"one of {', '.join(SCHEDULES)}", settings.schedule in SCHEDULES),
         )
@@ -132,10 +135,13 @@ def _check_task(task: FitTask) -> None:
         )
 
 
-def epoch_batches(count: int, batch_size: int, numbers: torch.Generator) -> list[Tensor]:
-    """Shuffled batches of indices, each int64 [batch]; a last short one is left out unless it is the only one."""
+def epoch_batches(count: int, batch_size: int, numbers: torch.Generator, *, keep_last: bool = False) -> list[Tensor]:
+    """Shuffled batches of indices, each int64 [batch].
+
+    A last short one is left out, unless it is the only one or `keep_last` is set.
+    """
     order = torch.randperm(count, generator=numbers)
-    whole = count - count % batch_size if count >= batch_size else count
+    whole = count - count % batch_size if count >= batch_size and not keep_last else count
     return list(torch.split(order[:whole], batch_size))
 
 
@@ -214,20 +220,27 @@ class _Run:
     def __init__(
         self, method: GradientMethod, task: FitTask, settings: TrainingSettings, progress: ProgressCallback | None
     ) -> None:
-        self.method, self.inputs, self.settings, self.progress = method, task.train, settings, progress
+        self.method, self.inputs, self.progress = method, task.train, progress
         self.frozen = task.frozen if method.wants_frozen else None
         self.device = method.backbone.device
         self.labels = task.train.labels.to(self.device)
-        self.parameters = [p for p in method.parameters() if p.requires_grad]
+        groups = method.parameter_groups()
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
         if not self.parameters:
             raise TrainingError(f"{method.name} has nothing to train with these settings.")
-        self.optimiser = _optimiser(self.parameters, settings)
+        self.rates = [1.0 if group.lr is None else group.lr / settings.lr for group in groups]
+        self.optimiser = _optimiser(groups, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, _FIRST_LOSS_SCALE, enabled=settings.precision == "fp16")
         self.batch_numbers = generator(task.seed, method.name, "batches")
         self.view_numbers = generator(task.seed, method.name, "views")
         count, size = len(task.train.labels), settings.batch_size
-        self.steps_per_epoch = max(1, count // size)
+        self.steps_per_epoch = max(1, -(-count // size) if settings.keep_last else count // size)
         self.total_steps = settings.epochs * self.steps_per_epoch
+        if settings.steps_per_shot and not settings.epochs:
+            shots = int(torch.bincount(task.train.labels.cpu()).max())
+            self.total_steps = settings.steps_per_shot * shots
+            settings = replace(settings, epochs=-(-self.total_steps // self.steps_per_epoch))
+        self.settings = settings
         self.steps = self.skipped_steps = 0
         self.history: list[tuple[float, float | None, float]] = []
         self.last_terms: dict[str, float] = {}
@@ -250,10 +263,12 @@ class _Run:
 
     def _epoch(self, epoch: int) -> None:
         views = epoch_views(self.inputs, epoch, self.settings.fresh_views, self.view_numbers)
-        batches = epoch_batches(len(views), self.settings.batch_size, self.batch_numbers)
+        batches = epoch_batches(
+            len(views), self.settings.batch_size, self.batch_numbers, keep_last=self.settings.keep_last
+        )[: self.total_steps - self.steps]
         tally, rate = _Tally(), 0.0
         for step, indices in enumerate(batches):
-            rate = learning_rate(self.settings, epoch, step, len(batches))
+            rate = learning_rate(self.settings, epoch, step, self.steps_per_epoch, self.total_steps)
             inputs = select_views(self.inputs, indices, views[indices]).to(self.device)
             labels = self.labels[indices.to(self.device)]
             given = {}
@@ -271,8 +286,8 @@ class _Run:
     def _step(
         self, inputs: Tensor, labels: Tensor, rate: float, epoch: int, given: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        for group, share in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = share * rate
         self.optimiser.zero_grad(set_to_none=True)
         with _autocast(self.device, self.settings.precision):
             terms = self.method.losses(inputs, labels, **given)
@@ -317,12 +332,21 @@ class _Run:
         }
 
 
-def _optimiser(parameters: list[torch.nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+def _optimiser(groups: Sequence[ParameterGroup], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """The optimiser over a method's groups; what a group leaves open comes from the settings."""
+    given: list[dict[str, Any]] = []
+    for group in groups:
+        options: dict[str, Any] = {"params": list(group.parameters)}
+        if group.weight_decay is not None:
+            options["weight_decay"] = group.weight_decay
+        if group.betas is not None and settings.optimiser != "sgd":
+            options["betas"] = group.betas
+        given.append(options)
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return torch.optim.AdamW(parameters, lr=settings.lr, eps=settings.eps, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(given, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    # adam's decay is part of the gradient, adamw's is taken off the weights beside it
+    kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
+    return kind(given, lr=settings.lr, eps=settings.eps, weight_decay=settings.weight_decay)
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -11,10 +11,15 @@ import math
 from adaptkit.errors import ConfigError
 from adaptkit.types import TrainingSettings
 
-SCHEDULES = ("cosine-epoch", "cosine-epoch-squared", "cosine-step", "constant")
+SCHEDULES = ("cosine-epoch", "cosine-epoch-squared", "cosine-step", "cosine-restarts", "constant")
+
+FIRST_CYCLE = 10
+"""Epochs of the first cycle of "cosine-restarts"; each cycle is twice as long as the one before."""
 
 
-def learning_rate(settings: TrainingSettings, epoch: int, step: int = 0, steps_per_epoch: int = 1) -> float:
+def learning_rate(
+    settings: TrainingSettings, epoch: int, step: int = 0, steps_per_epoch: int = 1, total_steps: int | None = None
+) -> float:
     """The learning rate of a step.
 
     The first `warmup_epochs` run at the constant `warmup_lr`. After them:
@@ -23,14 +28,19 @@ def learning_rate(settings: TrainingSettings, epoch: int, step: int = 0, steps_p
       the first epoch after the warm-up has the full rate and the last one doesn't reach zero.
     * "cosine-epoch-squared" takes the square of that cosine factor: what KgCoOp's published numbers were trained with,
       where two schedules were stepped on one optimiser (kgcoop sheet).
-    * "cosine-step" falls to zero over the remaining steps.
+    * "cosine-step" falls over the remaining steps.
+    * "cosine-restarts" falls to zero per epoch over 10 epochs and starts anew for 20, 40 and so on, whatever the
+      number of epochs: AdaptCLIPZS' schedule (adaptclipzs sheet).
     * "constant" stays.
+
+    A cosine falls from `lr` towards `min_lr`.
 
     Args:
         settings: Rate, epochs, warm-up and kind of schedule.
         epoch: From 0.
         step: Within the epoch, from 0.
         steps_per_epoch: How many steps an epoch has.
+        total_steps: How many there are in all, where the last epoch isn't whole; None for whole epochs.
 
     Example:
         >>> [round(learning_rate(TrainingSettings(epochs=50), epoch), 9) for epoch in range(3)]
@@ -44,8 +54,20 @@ def learning_rate(settings: TrainingSettings, epoch: int, step: int = 0, steps_p
     if settings.schedule in ("cosine-epoch", "cosine-epoch-squared"):
         share = epoch / settings.epochs
     elif settings.schedule == "cosine-step":
-        share = (epoch * steps_per_epoch + step) / ((settings.epochs - settings.warmup_epochs) * steps_per_epoch)
+        in_all = settings.epochs * steps_per_epoch if total_steps is None else total_steps
+        share = (epoch * steps_per_epoch + step) / (in_all - settings.warmup_epochs * steps_per_epoch)
+    elif settings.schedule == "cosine-restarts":
+        share = _share_of_cycle(epoch)
     else:
         raise ConfigError(f"Schedule {settings.schedule!r} is unknown: choose {', '.join(SCHEDULES)}.")
     factor = (1 + math.cos(math.pi * share)) / 2
-    return settings.lr * (factor**2 if settings.schedule == "cosine-epoch-squared" else factor)
+    factor = factor**2 if settings.schedule == "cosine-epoch-squared" else factor
+    return settings.min_lr + (settings.lr - settings.min_lr) * factor
+
+
+def _share_of_cycle(epoch: int) -> float:
+    """How much of its cycle is over when an epoch begins."""
+    cycle = FIRST_CYCLE
+    while epoch >= cycle:
+        epoch, cycle = epoch - cycle, 2 * cycle
+    return epoch / cycle

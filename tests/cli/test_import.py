@@ -79,7 +79,7 @@ def test_the_table_says_what_was_taken(call, tmp_path, trained):
 def test_each_mistake_is_one_sentence(call, tmp_path, trained):
     _, output = trained("--set", "class_specific=true", "--set", "context_init=", "--set", "num_context=3")
     out = tmp_path / "new"
-    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pth")
+    torch.save({"state_dict": {"of_nobody": torch.zeros(2)}}, tmp_path / "foreign.pth")
     (tmp_path / "text.pth").write_text("no checkpoint")
     attempts = {
         (output, "--method", "coop", "--classes", "a,b,c"): "each of 4 classes, but 3 class names",

@@ -13,7 +13,8 @@ from PIL import Image
 from adaptkit import storage
 from adaptkit.evaluation.results import read_run
 from adaptkit.methods import methods
-from tests.quick import quick_overrides
+from tests.cli.conftest import CLASSES
+from tests.quick import description_words, quick_overrides
 
 
 @pytest.mark.parametrize("protocol", ["few-shot", "base-to-novel"])
@@ -21,6 +22,7 @@ from tests.quick import quick_overrides
 def test_every_method_runs(call, photos, tmp_path, method, protocol):
     out = tmp_path / "out"
     words = ["run", photos, "--method", method, "--shots", 4, "--protocol", protocol, "--out", out, "--json"]
+    words += description_words(method, CLASSES, tmp_path)
     outcome = call(*words, *(word for setting in quick_overrides(method) for word in ("--set", setting)))
     assert outcome.exit_code == 0, outcome.output
     printed, result = json.loads(outcome.stdout), read_run(out)

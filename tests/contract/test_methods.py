@@ -17,7 +17,7 @@ from adaptkit.errors import AdapterError, AdaptKitError, ConfigError, DataError,
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig
 from adaptkit.training.loop import fit_method
-from tests.methods.tiny import NAMES, NOVEL, closed_text, image_only, make_task, query, tiny_clip
+from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, closed_text, image_only, make_task, query, tiny_clip
 
 ALL = tuple(methods)
 
@@ -29,14 +29,19 @@ def backbone():
 
 
 def make(backbone, name, seed=0, names=NAMES):
-    return methods.get(name)(backbone, names, seed=seed)
+    kind = methods.get(name)
+    config = kind.config_class()
+    if hasattr(config, "epochs"):  # it trains in a loop of its own
+        config = replace(config, epochs=min(config.epochs, 2))
+    return kind(backbone, names, config=config, seed=seed, descriptions=DESCRIPTIONS)
 
 
 def fitted(backbone, name, seed=0, **task):
     method = make(backbone, name, seed)
     settings = method.default_training
     if settings is not None:
-        settings = replace(settings, epochs=min(settings.epochs, 2), batch_size=8, lr=max(settings.lr, 1e-2))
+        epochs = min(settings.epochs or 2, 2)  # where it is 0, steps are counted
+        settings = replace(settings, epochs=epochs, batch_size=8, lr=max(settings.lr, 1e-2))
     report = fit_method(method, make_task(backbone, method.reads, views=3, seed=seed, **task), settings)
     return method, report
 
@@ -128,7 +133,8 @@ def test_state_goes_into_a_new_instance(backbone, name, method):
     other.eval()
     inputs = query(backbone, method.reads)
     assert torch.equal(predict(other, inputs), predict(method, inputs))
-    assert sum(v.numel() for v in state.values()) < sum(p.numel() for p in backbone.parameters()) / 5
+    limit = 1.01 if method.tunes_towers else 0.2  # of the backbone's size
+    assert sum(v.numel() for v in state.values()) < limit * sum(p.numel() for p in backbone.parameters())
 
 
 def test_a_state_that_does_not_fit_is_refused(backbone, name, method):
@@ -175,11 +181,13 @@ def test_classes_it_never_saw(backbone, method):
         assert logits.shape == (len(inputs), len(NOVEL))
         assert torch.isfinite(logits).all()
         assert method.uses_fallback == (method.novel_classes == "zero-shot")
-        assert method.open_vocabulary == (method.novel_classes == "open")
+        assert method.open_vocabulary == (method.novel_classes in ("open", "synthesised"))
     if method.novel_classes == "zero-shot":
-        plain = methods.get("zero-shot")(backbone, NOVEL)
+        plain, zero = methods.get("zero-shot")(backbone, NOVEL), method.zero_shot()
         features = inputs if method.reads == "image_features" else backbone.encode_image(inputs)
-        torch.testing.assert_close(logits, predict(plain, features))
+        # sentences, where a method was given some, belong to its own zero-shot answer
+        wanted = method.cosine_logits(features, zero) if method.descriptions else predict(plain, features)
+        torch.testing.assert_close(logits, wanted)
         with pytest.raises(UnsupportedError, match="different scales"):
             method.set_classes((NAMES[0], NOVEL[0]))
     assert torch.equal(predict(method.set_classes(NAMES), inputs), own)
@@ -192,7 +200,7 @@ def test_a_subset_of_its_classes_is_always_served(backbone, name, method):
     assert not method.uses_fallback
     part = predict(method, inputs)
     assert part.shape == (len(inputs), 2)
-    if methods.entry(name).family != "transductive":
+    if methods.entry(name).family != "transductive" and not method.scores_by_class_list:
         torch.testing.assert_close(part, full[:, [3, 1]], rtol=1e-4, atol=1e-4)
 
 

@@ -13,10 +13,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from adaptkit.commands.main import main
+from tests.cli.test_describe import save_model
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"`(adaptkit (?:run|compare|predict|import|explain|list|data|doctor)[^`]*)`", README)))
+COMMANDS = sorted(
+    set(re.findall(r"`(adaptkit (?:describe|run|compare|predict|import|explain|list|data|doctor)[^`]*)`", README))
+)
 
 
 @pytest.fixture
@@ -35,6 +38,7 @@ def photos(tmp_path, monkeypatch):
     Image.open(tmp_path / "my_photos/oak/3.jpg").save(tmp_path / "photo.png")
     (tmp_path / "output/prompt_learner").mkdir(parents=True)  # what CoOp's release leaves behind
     torch.save({"state_dict": {"ctx": torch.zeros(4, 128)}}, tmp_path / "output/prompt_learner/model.pth.tar-50")
+    save_model(tmp_path / "llm", "causal", positions=1024)
     (tmp_path / "classnames.txt").write_text("beech\noak\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
@@ -57,7 +61,17 @@ def test_python_blocks(photos, capsys):
 
 def test_command_lines(photos):
     assert len(COMMANDS) >= 9
-    order = {"run": 0, "compare": 1, "predict": 2, "import": 3, "explain": 4, "list": 5, "data": 6, "doctor": 7}
+    order = {
+        "describe": -1,
+        "run": 0,
+        "compare": 1,
+        "predict": 2,
+        "import": 3,
+        "explain": 4,
+        "list": 5,
+        "data": 6,
+        "doctor": 7,
+    }
     for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
         words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]
         outcome = CliRunner().invoke(main, words)

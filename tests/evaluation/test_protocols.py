@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from adaptkit.backbones import load_backbone
 from adaptkit.data.features import FeatureStore
@@ -17,9 +18,9 @@ from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, ru
 from adaptkit.evaluation.recipes import list_recipes, load_recipe
 from adaptkit.evaluation.results import is_done, read_run, write_run
 from adaptkit.methods import methods
-from tests.quick import quick_overrides
+from tests.quick import described, quick_overrides
 
-DIGITS = load_dataset("digits")
+DIGITS = described(load_dataset("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,26 @@ def test_no_image_is_in_two_places():
     task = make_task(DIGITS, "few-shot", 16, 1)
     assert not {*task.train.ids, *task.val.ids} & set(DIGITS.test.ids)
     assert not set(task.train.ids) & set(task.val.ids)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_batches_of_a_transductive_method_are_drawn_from_the_whole_test_set(backbone, store, monkeypatch, size):
+    """In the order of the files, often class by class, a batch would give its classes away."""
+    kind, batches = methods.get("em-dirichlet"), []
+
+    def plain(self, inputs):
+        batches.append(inputs)
+        return self.cosine_logits(inputs, self.zero_shot())
+
+    monkeypatch.setattr(kind, "forward", plain)
+    outcome = run(backbone, store, "em-dirichlet", "few-shot", overrides=[f"query_batch={size}"])
+    images = len(DIGITS.test)
+    sizes = [len(batch) for batch in batches]
+    assert sizes == ([images] if size == 0 else [100] * (images // 100) + [images % 100] * bool(images % 100))
+    wanted = run(backbone, store, "zero-shot", "few-shot")
+    assert np.array_equal(outcome.predictions[0].predicted, wanted.predictions[0].predicted)  # each in its place
+    in_file_order = store.inputs(backbone, DIGITS.test).select(torch.arange(sizes[0]))
+    assert torch.equal(batches[0].cpu(), in_file_order) == (size == 0)
 
 
 def test_wrong_names_and_empty_tests_are_refused():

@@ -151,6 +151,8 @@ def test_search_ranges_per_dataset_are_the_sheets_and_marked(method: str):
 def test_only_recipes_that_know_the_dataset_are_marked():
     marked = [name for name in list_recipes() if load_recipe(name).marked]
     assert marked == [
+        "ape-t/few-shot-per-dataset",
+        "ape/few-shot-per-dataset",
         "mmrl/base-to-novel-per-dataset",
         "mmrl/few-shot-per-dataset",
         "mmrlpp/base-to-novel-per-dataset",
@@ -276,7 +278,7 @@ def test_default_then_recipe_then_file_then_flag(tmp_path):
     assert origins["method.num_context"] == origins["training.batch_size"] == f"file {file}"
     assert origins["training.epochs"] == "recipe mine"
     assert origins["method.class_position"] == origins["training.momentum"] == "default"
-    assert len(origins) == 4 + 15  # CoOp's fields and the loop's
+    assert len(origins) == 4 + 18  # CoOp's fields and the loop's
 
 
 def test_without_a_recipe_the_methods_own_defaults_count():

@@ -28,6 +28,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.base import GradientMethod, Method, total_loss
 from adaptkit.training.loop import GradientLoop
 from adaptkit.types import FitTask, TensorInputs, TrainingSettings
+from tests.golden import cases_adapters, cases_caches, cases_descriptions, cases_lora, cases_transductive
 from tests.golden.tiny_clip import build_tiny_clip
 
 OWN_FOLDER = Path(__file__).parent
@@ -117,6 +118,9 @@ def _tip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "em-dirichlet": lambda config: {},  # see cases_transductive
+    "transclip": lambda config: {},  # see cases_transductive
+    "unem": lambda config: {},  # see cases_transductive
     "zero-shot": lambda config: {},
     "coop": _coop,
     "maple": _maple,
@@ -135,9 +139,19 @@ SETTINGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     },
     "mmrl": _mmrl,
     "mmrlpp": _mmrlpp,
+    "clip-lora": cases_lora.settings,
     "clip-adapter": lambda config: {"ratio": config["ratio"], "reduction": config["reduction"]},
     "tip-adapter": _tip,
     "tip-adapter-f": _tip,
+    "dclip": cases_descriptions.dclip,
+    "waffleclip": cases_descriptions.waffleclip,
+    "vdt-adapter": cases_descriptions.vdt_adapter,
+    "gda": cases_caches.gda,
+    "taskres": cases_adapters.taskres,
+    "clap": cases_adapters.clap,
+    "lp-plus-plus": cases_adapters.lp_plus_plus,
+    "cross-modal": cases_adapters.cross_modal,
+    "ape": cases_caches.ape,
 }
 
 
@@ -378,6 +392,7 @@ EXTRAS: dict[str, Callable[[Mapping[str, Any], Any, Tensor, Tensor, Comparison],
     "prograd": extra_prograd,
     "mmrl": extra_mmrl,
     "mmrlpp": extra_mmrl,
+    "clip-lora": cases_lora.extra,
 }
 
 
@@ -481,8 +496,20 @@ def _run_tip_training(
 
 
 FEATURE_LEVEL: dict[str, Callable[[Mapping[str, Any], str, Comparison], None]] = {
+    "em-dirichlet": cases_transductive.run_em_dirichlet,
+    "transclip": cases_transductive.run_transclip,
+    "unem": cases_transductive.run_unem,
     "tip-adapter": run_tip,
     "tip-adapter-f": run_tip,
+    "dclip": lambda case, name, compare: cases_descriptions.run_dclip(case, name, compare, draw),
+    "waffleclip": lambda case, name, compare: cases_descriptions.run_waffleclip(case, name, compare, draw),
+    "vdt-adapter": lambda case, name, compare: cases_descriptions.run_vdt_adapter(case, name, compare, draw),
+    "gda": cases_caches.run_gda,
+    "taskres": cases_adapters.run_taskres,
+    "clap": cases_adapters.run_clap,
+    "lp-plus-plus": cases_adapters.run_lp_plus_plus,
+    "cross-modal": cases_adapters.run_cross_modal,
+    "ape": cases_caches.run_ape,
 }
 
 
@@ -498,7 +525,7 @@ def test_case(path: Path, record_property: Callable[[str, object], None]) -> Non
     if name not in SETTINGS:
         pytest.fail(f"{name} is registered, but SETTINGS doesn't say how its golden settings map to ours")
     compare = Comparison(case["expected"])
-    if "features" in case:
+    if name in FEATURE_LEVEL:
         FEATURE_LEVEL[name](case, name, compare)
     else:
         run_on_tiny_clip(case, name, compare)

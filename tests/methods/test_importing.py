@@ -106,7 +106,7 @@ def test_files_of_other_methods_are_refused_with_the_one_that_fits():
     with pytest.raises(AdapterError, match=r"no 'prompt_learner.proj.weight'.* Its names fit coop"):
         import_reference("maple", coop_state(2, 16), BACKBONE, NAMES)
     with pytest.raises(AdapterError, match="none of coop: no other method"):
-        import_reference("coop", {"weight": torch.zeros(3)}, BACKBONE, NAMES)
+        import_reference("coop", {"of_nobody": torch.zeros(3)}, BACKBONE, NAMES)
 
 
 def test_training_folders(tmp_path):

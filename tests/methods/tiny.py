@@ -15,6 +15,14 @@ from adaptkit.types import FitTask, TensorInputs
 
 NAMES = ("tabby cat", "golden_retriever", "river", "7-series sedan")
 NOVEL = ("snow leopard", "acorn", "dial telephone")
+DESCRIPTIONS = {
+    name: (f"{name.replace('_', ' ')}, which has {thing}.", "a long tail", "used for nothing")[: 2 + place % 2]
+    for place, (name, thing) in enumerate(
+        zip((*NAMES, *NOVEL), ("stripes", "fur", "banks", "doors", "spots", "a cap", "a cord"), strict=True)
+    )
+}
+"""Two or three sentences for each class, the novel ones too."""
+
 DIM, SIZE, CONTEXT = 16, 16, 77
 
 

@@ -9,7 +9,7 @@ import torch
 
 from adaptkit.methods import methods
 from adaptkit.training.loop import fit_method
-from tests.methods.tiny import NAMES, NOVEL, make_task, query, tiny_clip
+from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, make_task, query, tiny_clip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -20,10 +20,10 @@ def fitted(name, device, **changes):
     task = make_task(backbone, kind.reads, views=3)
     inputs = query(backbone, kind.reads)
     backbone.to(device)
-    method = kind(backbone, NAMES)
+    method = kind(backbone, NAMES, descriptions=DESCRIPTIONS)
     settings = kind.default_training
     if settings is not None:
-        settings = replace(settings, epochs=min(settings.epochs, 2), batch_size=8, **changes)
+        settings = replace(settings, epochs=min(settings.epochs or 2, 2), batch_size=8, **changes)
     report = fit_method(method, task, settings)
     with torch.no_grad():
         return method, method(inputs.to(device)).cpu(), report

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from adaptkit.errors import ConfigError, DataError, TrainingError
 from adaptkit.methods.adapters.clip_adapter import CLIPAdapter
-from adaptkit.methods.base import GradientMethod
+from adaptkit.methods.base import GradientMethod, ParameterGroup
 from adaptkit.methods.prompts.coop import CoOp, CoOpConfig
 from adaptkit.methods.prompts.maple import MaPLe, MaPLeConfig
 from adaptkit.training.loop import GradientLoop, epoch_batches, epoch_views, fit_method, select_views
@@ -291,3 +291,67 @@ def test_zero_epochs_change_nothing(adapter, task):
     report = GradientLoop(replace(QUICK, epochs=0))(adapter, task)
     assert report["epochs"] == report["steps"] == 0
     assert all(torch.equal(before[key], value) for key, value in adapter.adapter_state().items())
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 4, [3])])
+def test_the_last_batch_is_kept_on_request(count, size, sizes):
+    batches = epoch_batches(count, size, generator(0, "x"), keep_last=True)
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(torch.cat(batches).tolist()) == list(range(count))
+
+
+class Grouped(CLIPAdapter):
+    """Both layers with rates of their own, the second without decay; a third is left alone."""
+
+    def parameter_groups(self):
+        return (
+            ParameterGroup((self.down.weight,)),
+            ParameterGroup((self.up.weight,), lr=0.3, weight_decay=0.0, betas=(0.5, 0.7)),
+        )
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw"])
+def test_groups_have_rates_decay_and_betas_of_their_own(backbone, task, optimiser):
+    """Two steps against torch's own optimisers, one for each group."""
+    settings = replace(
+        QUICK,
+        epochs=2,
+        batch_size=16,
+        optimiser=optimiser,
+        lr=0.1,
+        weight_decay=0.4,
+        schedule="cosine-epoch",
+        warmup_epochs=0,
+        eps=1e-6,
+    )
+    method, plain = Grouped(backbone, NAMES), Grouped(backbone, NAMES)
+    report = GradientLoop(settings)(method, task)
+    assert report["trained_parameters"] == method.num_trained()
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimiser]
+    own = {"momentum": 0.9} if optimiser == "sgd" else {"eps": 1e-6}
+    betas = {} if optimiser == "sgd" else {"betas": (0.5, 0.7)}
+    optimisers = [
+        kind([plain.down.weight], lr=0.1, weight_decay=0.4, **own),
+        kind([plain.up.weight], lr=0.3, weight_decay=0.0, **own, **betas),
+    ]
+    for rate in (1.0, 0.5):
+        loss = F.cross_entropy(plain(task.train.values[0]), task.train.labels)
+        gradients = torch.autograd.grad(loss, [plain.down.weight, plain.up.weight])
+        for one, base, parameter, gradient in zip(
+            optimisers, (0.1, 0.3), (plain.down.weight, plain.up.weight), gradients, strict=True
+        ):
+            parameter.grad = gradient
+            one.param_groups[0]["lr"] = rate * base
+            one.step()
+    torch.testing.assert_close(method.down.weight, plain.down.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.up.weight, plain.up.weight, rtol=1e-4, atol=1e-5)
+    assert report["learning_rates"] == pytest.approx([0.1, 0.05])
+
+
+def test_no_groups_are_nothing_to_train(backbone, task):
+    class Empty(CLIPAdapter):
+        def parameter_groups(self):
+            return ()
+
+    with pytest.raises(TrainingError, match="nothing to train"):
+        GradientLoop(QUICK)(Empty(backbone, NAMES), task)

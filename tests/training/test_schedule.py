@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from adaptkit.errors import ConfigError
 from adaptkit.training.loop import GradientLoop
@@ -62,3 +63,28 @@ def test_unknown_schedule_is_refused():
         GradientLoop(replace(COOP, schedule="linear"))
     with pytest.raises(ConfigError, match="choose cosine-epoch"):
         learning_rate(replace(COOP, schedule="linear"), 3)
+
+
+def test_a_cosine_that_ends_above_zero_and_within_an_epoch():
+    """As torch's CosineAnnealingLR over 10 steps, where epochs have four and the last is cut."""
+    settings = TrainingSettings(epochs=3, lr=2e-4, min_lr=1e-6, schedule="cosine-step", warmup_epochs=0)
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10, eta_min=1e-6)
+    for index in range(10):
+        ours = learning_rate(settings, index // 4, index % 4, 4, total_steps=10)
+        assert ours == pytest.approx(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        theirs.step()
+
+
+def test_restarts_are_torchs():
+    settings = replace(COOP, epochs=75, schedule="cosine-restarts", warmup_epochs=0)
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimiser, 10, 2)
+    wanted = []
+    for _ in range(75):
+        wanted.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert rates(settings) == pytest.approx(wanted, rel=1e-9)
+    assert [epoch for epoch in range(75) if wanted[epoch] == settings.lr] == [0, 10, 30, 70]

@@ -1,0 +1,1 @@
+"""Adapted models in the layouts of other libraries."""

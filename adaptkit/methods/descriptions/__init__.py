@@ -1,0 +1,1 @@
+"""Methods that describe classes in sentences instead of naming them."""

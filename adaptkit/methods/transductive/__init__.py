@@ -1,0 +1,1 @@
+"""Methods whose answers for one image depend on the others of its batch."""

@@ -1,0 +1,70 @@
+"""`adaptkit export`: a merged checkpoint predicts as the adapter does; what can't be merged is refused in a line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adaptkit.backbones.load import load_backbone
+from adaptkit.methods.adapter import load_adapter
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def trained(call, photos, tmp_path):
+    def make(method: str, *extra: object):
+        words = ("--shots", 2, "--set", "training.epochs=1", "--set", "training.views=0", *extra)
+        outcome = call("run", photos, "--method", method, *words, "--out", tmp_path / method)
+        assert outcome.exit_code == 0, outcome.output
+        return tmp_path / method
+
+    return make
+
+
+def test_a_merged_checkpoint(call, trained, tmp_path):
+    run = trained("clip-lora", "--set", "training.lr=0.01")
+    outcome = call("export", run, "--merge", "--out", tmp_path / "merged", "--json")
+    assert outcome.exit_code == 0, outcome.output
+    written = json.loads(outcome.stdout)
+    assert written["method"] == "clip-lora"
+    assert written["files"] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
+    adapted, merged = load_adapter(run / "adapter"), load_backbone(f"local-dir:{tmp_path / 'merged'}")
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        prompts = [f"a photo of a {name}." for name in adapted.class_names]
+        cosine = F.normalize(merged.encode_image(pixels), dim=-1) @ F.normalize(merged.text_features(prompts), dim=-1).T
+        logits = adapted(pixels)
+        torch.testing.assert_close(
+            merged.logit_scale * cosine, logits, rtol=1e-5, atol=1e-5 * float(logits.abs().max())
+        )
+        plain = adapted.method.zero_shot()
+        assert not torch.allclose(100 * F.normalize(adapted.backbone.encode_image(pixels), dim=-1) @ plain.T, logits)
+
+
+def test_what_cannot_be_exported(refused, trained, tmp_path):
+    run, out = trained("coop"), tmp_path / "out"
+    assert "nothing to merge" in refused("export", run, "--merge", "--out", out)
+    assert "Say what to write. coop learned beside" in refused("export", run, "--out", out)
+    assert "not an adapter folder" in refused("export", tmp_path, "--merge", "--out", out)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_empty(refused, call, trained, tmp_path):
+    run = trained("clip-lora")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    assert "not empty" in refused("export", run, "--merge", "--out", tmp_path / "out")
+    outcome = call("export", run, "--merge", "--out", tmp_path / "out", "--overwrite")
+    assert outcome.exit_code == 0, outcome.output
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_bad_settings(refused, photos):
+    words = ("run", photos, "--shots", 2, "--method")
+    assert "choose a rank of at most 128" in refused(*words, "clip-lora", "--set", "method.rank=500")
+    assert "letters out of q, k, v and o" in refused(*words, "clip-lora", "--set", "method.targets=qz")
+    assert "which lora doesn't take" in refused(*words, "peft", "--set", "method.settings.rank=5")
