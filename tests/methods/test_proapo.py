@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import ConfigError, DataError
+from adaptkit.methods._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, save_adapter
 from adaptkit.methods.descriptions import proapo
 from adaptkit.methods.descriptions._evolution import EXTRA_TRIES, Archive, Breeder, Operators, evolve
-from adaptkit.methods.descriptions._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.descriptions.proapo import Fitness, ProAPO, ProAPOConfig, similarity, template_library
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs

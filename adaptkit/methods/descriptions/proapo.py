@@ -28,9 +28,9 @@ from torch import Tensor
 
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
+from adaptkit.methods._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.base import ClassWeightMethod, MethodConfig, progress_of, read_all, render_prompts
 from adaptkit.methods.descriptions._evolution import Archive, Bits, Breeder, Operators, evolve
-from adaptkit.methods.descriptions._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.descriptions._sentences import CHUNK, sentence_features
 from adaptkit.types import FitTask, TrainingLoop
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from adaptkit.backbones.tower import ImageTower, TextTower
 from adaptkit.errors import AdapterError, BackboneError, ConfigError, DataError
 from adaptkit.methods import methods
+from adaptkit.methods._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.base import render_prompts
 from adaptkit.methods.prompts._deep import prompted_image
 from adaptkit.methods.prompts._layout import open_image
@@ -40,68 +41,8 @@ MOST_EPOCHS = 100_000
 """More than any training has: what a file says of its epochs is checked against it."""
 
 
-TEACHER_TEMPLATES = (
-    "a photo of a {}.",
-    "a bad photo of a {}.",
-    "a photo of many {}.",
-    "a sculpture of a {}.",
-    "a photo of the hard to see {}.",
-    "a low resolution photo of the {}.",
-    "a rendering of a {}.",
-    "graffiti of a {}.",
-    "a bad photo of the {}.",
-    "a cropped photo of the {}.",
-    "a tattoo of a {}.",
-    "the embroidered {}.",
-    "a photo of a hard to see {}.",
-    "a bright photo of a {}.",
-    "a photo of a clean {}.",
-    "a photo of a dirty {}.",
-    "a dark photo of the {}.",
-    "a drawing of a {}.",
-    "a photo of my {}.",
-    "the plastic {}.",
-    "a photo of the cool {}.",
-    "a close-up photo of a {}.",
-    "a black and white photo of the {}.",
-    "a painting of the {}.",
-    "a painting of a {}.",
-    "a pixelated photo of the {}.",
-    "a sculpture of the {}.",
-    "a bright photo of the {}.",
-    "a cropped photo of a {}.",
-    "a plastic {}.",
-    "a photo of the dirty {}.",
-    "a jpeg corrupted photo of a {}.",
-    "a blurry photo of the {}.",
-    "a photo of the {}.",
-    "a good photo of the {}.",
-    "a rendering of the {}.",
-    "a {} in a video game.",
-    "a photo of one {}.",
-    "a doodle of a {}.",
-    "a close-up photo of the {}.",
-    "the origami {}.",
-    "the {} in a video game.",
-    "a sketch of a {}.",
-    "a doodle of the {}.",
-    "a origami {}.",
-    "a low resolution photo of a {}.",
-    "the toy {}.",
-    "a rendition of the {}.",
-    "a photo of the clean {}.",
-    "a photo of a large {}.",
-    "a rendition of a {}.",
-    "a photo of a nice {}.",
-    "a photo of a weird {}.",
-    "a blurry photo of a {}.",
-    "a cartoon {}.",
-    "art of a {}.",
-    "a sketch of the {}.",
-    "a embroidered {}.",
-    "a pixelated photo of a {}.",
-    "itap of the {}.",
-)
+_PLAIN = "a photo of a {}."
+TEACHER_TEMPLATES = (_PLAIN, *(template for template in IMAGENET_TEMPLATES[:60] if template != _PLAIN))
 """60 of the 80 templates that CLIP was evaluated with on ImageNet, in the order of the reference."""
 
 
