@@ -238,9 +238,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         method = self.model_.method
         look = _Look(method.backbone, method.reads, TrainingSettings(views=0), int(self.seed), self.batch_size)
         pictures = _pictures(X)
-        parts = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = range(start, min(start + self.batch_size, len(pictures)))
+        parts, size = [], method.images_at_once(len(pictures), self.batch_size)
+        for start in range(0, len(pictures), size):
+            batch = range(start, min(start + size, len(pictures)))
             inputs = look.view(pictures, batch, 0).to(method.backbone.device)
             with torch.no_grad():
                 parts.append(method(inputs).double().cpu())

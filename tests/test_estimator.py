@@ -678,3 +678,13 @@ def test_bad_parameters_are_refused_in_fit_not_before(arguments, says):
     classifier = probe().set_params(**arguments)
     with pytest.raises((ConfigError, DataError, LookupError), match=says):
         classifier.fit(*draw())
+
+
+def test_transductive_methods_see_all_images_at_once():
+    """However small the batches in which images are encoded: `run` asks for a test set as a whole too."""
+    images, labels = draw()
+    answers = []
+    for size in (5, 64):
+        classifier = FewShotClassifier("transclip", batch_size=size, training={"views": 0}).fit(images, labels)
+        answers.append(classifier.predict_proba(draw(seed=1)[0]))
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-6)

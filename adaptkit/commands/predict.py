@@ -52,8 +52,9 @@ def command(
     labels = [str(label) for label in classifier.classes_]
     answers: list[dict[str, Any]] = []
     with console.progress_bars(not as_json and len(kept) > batch_size) as progress:
-        for start in range(0, len(kept), batch_size):
-            chunk = kept[start : start + batch_size]
+        size = classifier.model_.method.images_at_once(len(kept), batch_size)
+        for start in range(0, len(kept), size):
+            chunk = kept[start : start + size]
             for path, row in zip(chunk, classifier.predict_proba([str(path) for path in chunk]), strict=True):
                 order = row.argsort()[::-1][:top]
                 answers.append({"image": str(path), "classes": [[labels[i], float(row[i])] for i in order]})

@@ -390,9 +390,7 @@ class _Run:
             inputs = self.store.inputs(
                 self.backbone, split, batch_size=self.batch_size, progress=self.progress, precision=self.precision
             )
-            size = _TEST_BATCH
-            if method.transductive:
-                size = getattr(method.config, "query_batch", 0) or len(split)
+            size = method.images_at_once(len(split), _TEST_BATCH)
             self._timed("features", began)
             began = time.perf_counter()
         order = torch.arange(len(split))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones.base import Backbone
@@ -81,9 +80,3 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     module.register_parameter(last, value)
-
-
-def in_chunks(encode: Callable[[Tensor], Tensor], pixels: Tensor, size: int = 64) -> Tensor:
-    """Features [n, dim] of pixels [n, 3, h, w], `size` at a time, without gradients."""
-    with torch.no_grad():
-        return torch.cat([encode(part) for part in torch.split(pixels, size)])

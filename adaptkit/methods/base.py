@@ -231,6 +231,12 @@ class Method(nn.Module):
                 " sentences for every class (--descriptions), or choose a method that reads names alone."
             )
 
+    def images_at_once(self, count: int, usual: int) -> int:
+        """How many of `count` images to ask for together, at least 1: `usual`, unless answers depend on the others."""
+        if not self.transductive:
+            return usual
+        return max(1, getattr(self.config, "query_batch", 0) or count)
+
     def fitted_indices(self) -> Tensor:
         """Index among the fitted classes of each current class, int64 [classes]; no novel classes."""
         place = {name: index for index, name in enumerate(self.fitted_names)}

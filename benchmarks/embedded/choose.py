@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import click
+import numpy as np
 import torch
 
 from adaptkit.backbones.load import load_backbone
@@ -28,10 +29,16 @@ from benchmarks.embedded.__main__ import DATASETS, SEEDS, SHOTS
 
 
 def on_validation(name: str) -> Dataset:
-    """The dataset with its validation images in the place of its test images."""
+    """The dataset with half of its validation images in the place of its test images.
+
+    The other half stays for methods that search.
+    """
     data = load_dataset(name)
     val = require_split(data.val, ValSplit, "Choosing settings")
-    return replace(data, test=TestSplit(val.ids, val.labels, val.class_names, val.source, val.positions), val=None)
+    order = np.argsort(val.labels, kind="stable")  # every other image of each class
+    kept, shown = val.subset(np.sort(order[::2])), val.subset(np.sort(order[1::2]))
+    test = TestSplit(shown.ids, shown.labels, shown.class_names, shown.source, shown.positions)
+    return replace(data, test=test, val=kept)
 
 
 @click.command()
