@@ -685,6 +685,6 @@ def test_transductive_methods_see_all_images_at_once():
     images, labels = draw()
     answers = []
     for size in (5, 64):
-        classifier = FewShotClassifier("transclip", batch_size=size, training={"views": 0}).fit(images, labels)
+        classifier = FewShotClassifier("transclip", batch_size=size).fit(images, labels)
         answers.append(classifier.predict_proba(draw(seed=1)[0]))
     np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-6)
