@@ -27,21 +27,11 @@ from adaptkit.methods.transductive._transduction import Support, effective_numbe
 from adaptkit.methods.transductive.em_dirichlet import EMDirichlet, EMDirichletConfig
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
+from tests.methods.drawn_batch import drawn
 from tests.methods.tiny import DIM, NAMES, NOVEL, make_task, query, tiny_clip
 
 BACKBONE = tiny_clip()
 CLASSES, IMAGES = 6, 40
-
-
-def drawn(seed=0, classes=CLASSES, images=IMAGES, shots=2, spread=0.25):
-    """Unit text weights, image features and shots around them, with labels."""
-    numbers = torch.Generator().manual_seed(seed)
-    text = F.normalize(torch.randn(classes, DIM, generator=numbers), dim=-1)
-    labels = torch.arange(images) % classes
-    f = F.normalize(text[labels] + spread * torch.randn(images, DIM, generator=numbers), dim=-1)
-    shot_labels = torch.arange(classes).repeat_interleave(shots)
-    support = F.normalize(text[shot_labels] + spread * torch.randn(len(shot_labels), DIM, generator=numbers), dim=-1)
-    return f, text, labels, Support(support, shot_labels)
 
 
 def method(**settings) -> EMDirichlet:
@@ -162,7 +152,7 @@ def plain_em(f, text, config, support, balance):
 @pytest.mark.parametrize("assignment", ["soft", "hard"])
 @pytest.mark.parametrize("use_support", [False, True])
 def test_it_equals_the_plain_loop(assignment, use_support):
-    f, text, _, support = drawn(shots=4)
+    f, text, _, support = drawn(CLASSES, shots=4)
     labelled = support if use_support else None
     em = method(assignment=assignment, iterations=3, effective_classes=3, temperature=20.0)
     fitted = em.fitted_mixture(f, text, labelled)
@@ -172,7 +162,7 @@ def test_it_equals_the_plain_loop(assignment, use_support):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     whole = method(iterations=4).fitted_mixture(f, text, support)
     monkeypatch.setattr(_transduction, "_CHUNK_BYTES", 8 * CLASSES * 7)
     em = method(iterations=4)
@@ -183,7 +173,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_with_no_balance_and_fixed_concentrations_it_is_the_bayes_posterior():
-    f, text, _, _ = drawn()
+    f, text, _, _ = drawn(CLASSES)
     mixture = DirichletMixture([f], text, 30.0)
     alpha = torch.rand(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 + 0.5
     log_z = log_probabilities(f @ text.T, 30.0)
@@ -194,7 +184,7 @@ def test_with_no_balance_and_fixed_concentrations_it_is_the_bayes_posterior():
 
 @pytest.mark.parametrize("use_support", [False, True])
 def test_another_order_of_the_classes_and_images(use_support):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     em, order = method(iterations=5), torch.randperm(CLASSES, generator=torch.Generator().manual_seed(4))
     images = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(5))
     moved = Support(support.features, order.argsort()[support.labels])
@@ -254,7 +244,7 @@ def test_basic_lets_clusters_share_a_class():
 
 def test_zero_shot_answers_beat_zero_shot_where_the_clusters_are_clear():
     """Texts that are off: the batch shows where the classes lie."""
-    f, text, labels, _ = drawn(images=120, spread=0.15)
+    f, text, labels, _ = drawn(CLASSES, images=120, spread=0.15)
     off = F.normalize(text + 0.45 * torch.randn(text.shape, generator=torch.Generator().manual_seed(8)), dim=-1)
     right = (f @ off.T).argmax(dim=1).eq(labels).float().mean()
     got = method(effective_classes=0).assign(f, off, None).argmax(dim=1).eq(labels).float().mean()

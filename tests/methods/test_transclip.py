@@ -16,20 +16,11 @@ from adaptkit.methods.transductive._transduction import Support
 from adaptkit.methods.transductive.transclip import Graph, TransCLIP, TransCLIPConfig, nearest
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
+from tests.methods.drawn_batch import drawn
 from tests.methods.tiny import DIM, NAMES, NOVEL, make_task, query, tiny_clip
 
 BACKBONE = tiny_clip()
 CLASSES, IMAGES = 5, 40
-
-
-def drawn(seed=0, classes=CLASSES, images=IMAGES, shots=2, spread=0.25):
-    numbers = torch.Generator().manual_seed(seed)
-    text = F.normalize(torch.randn(classes, DIM, generator=numbers), dim=-1)
-    labels = torch.arange(images) % classes
-    f = F.normalize(text[labels] + spread * torch.randn(images, DIM, generator=numbers), dim=-1)
-    shot_labels = torch.arange(classes).repeat_interleave(shots)
-    support = F.normalize(text[shot_labels] + spread * torch.randn(len(shot_labels), DIM, generator=numbers), dim=-1)
-    return f, text, labels, Support(support, shot_labels)
 
 
 def method(**settings) -> TransCLIP:
@@ -88,7 +79,7 @@ def plain_transclip(f, text, config, support, gamma):
 @pytest.mark.parametrize("use_support", [False, True])
 @pytest.mark.parametrize("iterations", [0, 1, 6])
 def test_it_equals_the_plain_version(use_support, iterations):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     labelled = support if use_support else None
     clip = method(iterations=iterations)
     state = clip.solver(f, text, labelled).run(0.02)
@@ -101,7 +92,7 @@ def test_it_equals_the_plain_version(use_support, iterations):
 
 @pytest.mark.parametrize("use_support", [False, True])
 def test_chunks_change_nothing(monkeypatch, use_support):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     labelled = support if use_support else None
     whole = method().assign(f, text, labelled)
     monkeypatch.setattr(_transduction, "_CHUNK_BYTES", 8 * 7 * (CLASSES + DIM))
@@ -115,7 +106,7 @@ def test_chunks_change_nothing(monkeypatch, use_support):
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_neighbours_in_chunks(rows):
-    f = drawn()[0]
+    f = drawn(CLASSES)[0]
     graph = nearest(torch.split(f, rows), f, 3, themselves=True)
     similar = (f @ f.T).fill_diagonal_(-2)
     wanted = similar.topk(3, dim=1)
@@ -124,13 +115,13 @@ def test_neighbours_in_chunks(rows):
 
 
 def test_equal_images_are_neighbours_of_each_other_not_of_themselves():
-    f = drawn()[0][[0, 0, 0, 1, 2]]
+    f = drawn(CLASSES)[0][[0, 0, 0, 1, 2]]
     graph = nearest([f], f, 2, themselves=True)
     assert [sorted(row) for row in graph.index[:3].tolist()] == [[1, 2], [0, 2], [0, 1]]
 
 
 def test_shots_lose_their_nearest_image_only_under_parity():
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     order = (support.features @ f.T).argsort(dim=1, descending=True)
     assert torch.equal(solver(f, text, support).from_support.index, order[:, :3])
     for parity in ("aligned", "published"):
@@ -150,7 +141,7 @@ def test_sums_over_neighbours():
 
 @pytest.mark.parametrize("use_support", [False, True])
 def test_without_neighbours_and_with_all_weight_on_text_it_is_zero_shot(use_support):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     weights = {"text_weight": 1e6, "text_weight_support": 1e6}
     clip = method(neighbours=0, **weights)
     found = clip.solver(f, text, support if use_support else None).run(0.02)
@@ -159,7 +150,7 @@ def test_without_neighbours_and_with_all_weight_on_text_it_is_zero_shot(use_supp
 
 
 def test_without_neighbours_and_likelihood_it_is_the_text_prediction():
-    f, text, _, _ = drawn()
+    f, text, _, _ = drawn(CLASSES)
     made = solver(f, text, neighbours=0, iterations=0)
     made.likelihood = lambda state: torch.zeros(IMAGES, CLASSES)
     state = made.start()
@@ -169,7 +160,7 @@ def test_without_neighbours_and_likelihood_it_is_the_text_prediction():
 
 @pytest.mark.parametrize("use_support", [False, True])
 def test_rows_sum_to_one_and_centres_are_unit(use_support):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     state = solver(f, text, support if use_support else None).run(0.02)
     torch.testing.assert_close(state.z.sum(dim=1), torch.ones(IMAGES))
     torch.testing.assert_close(state.mu.norm(dim=1), torch.ones(CLASSES, dtype=torch.float64))
@@ -178,7 +169,7 @@ def test_rows_sum_to_one_and_centres_are_unit(use_support):
 
 @pytest.mark.parametrize("use_support", [False, True])
 def test_another_order_of_the_classes_and_images(use_support):
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     numbers = torch.Generator().manual_seed(3)
     order, images = torch.randperm(CLASSES, generator=numbers), torch.randperm(IMAGES, generator=numbers)
     moved = Support(support.features, order.argsort()[support.labels])
@@ -212,7 +203,7 @@ def objective(made, state, gamma):
 def test_the_objective_falls(use_support):
     """By each update of assignments and of the variance, and over every round. (The centres' update is that of equal
     variances, a step that needn't lower it by itself.)"""
-    f, text, _, support = drawn(spread=0.4)
+    f, text, _, support = drawn(CLASSES, spread=0.4)
     made, gamma = solver(f, text, support if use_support else None), 0.02
     state = made.start()
     rounds = []
@@ -229,7 +220,7 @@ def test_the_objective_falls(use_support):
 
 
 def test_a_class_of_no_weight_keeps_its_centre():
-    f, text, _, _ = drawn()
+    f, text, _, _ = drawn(CLASSES)
     made = solver(f, text)
     state = made.start()
     before = state.mu.clone()
@@ -271,7 +262,7 @@ def test_without_validation_or_search_gamma_stays():
 
 
 def test_each_gamma_starts_afresh_except_under_parity():
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     fresh = [state.z for state in solver(f, text, support).along((0.2, 0.002))]
     torch.testing.assert_close(fresh[1], solver(f, text, support).run(0.002).z)
     carried = [state.z for state in solver(f, text, support, parity="aligned", iterations=1).along((0.2, 0.002))]
@@ -280,7 +271,7 @@ def test_each_gamma_starts_afresh_except_under_parity():
 
 
 def test_parity_stops_at_the_chosen_gamma():
-    f, text, _, support = drawn()
+    f, text, _, support = drawn(CLASSES)
     clip = method(parity="published", iterations=2)
     clip.gamma.fill_(0.01)
     states = [state.log_z.clone() for state in clip.solver(f, text, support).along(clip.config.gammas[:2])]
@@ -308,7 +299,7 @@ def test_batches_of_any_size(images, settings):
 
 
 def test_only_the_classes_that_seem_present_are_assigned():
-    f, text, labels, support = drawn()
+    f, text, labels, support = drawn(CLASSES)
     some = labels < 2
     for labelled in (support, None):
         scores = method(effective_classes=2).assign(f[some], text, labelled)
@@ -332,7 +323,7 @@ def test_it_warns_of_a_batch_that_lacks_classes():
 
 def test_classes_are_counted_from_the_names():
     """A class that no test image shows doesn't break anything."""
-    f, text, labels, _ = drawn()
+    f, text, labels, _ = drawn(CLASSES)
     assert method().assign(f[labels < 4], text, None).shape == (32, CLASSES)
 
 
