@@ -224,9 +224,12 @@ def plan_run(
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    training = to_mapping(resolved.training) if kind.default_training is not None else {}
+    if not training.get("colour_jitter"):
+        training.pop("colour_jitter", None)  # off, it leaves the keys of earlier runs as they are
     settings = {
         "method": to_mapping(resolved.config),
-        "training": to_mapping(resolved.training) if kind.default_training is not None else {},
+        "training": training,
         "templates": list(templates_of(task, chosen)),
         "precision": precision,
     }
@@ -341,7 +344,7 @@ class _Run:
         return self._stored(split, training)
 
     def _views(self, training: TrainingSettings) -> ViewSettings:
-        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed, training.colour_jitter)
 
     def _frozen(self, method: Method, split: Split, training: TrainingSettings) -> Inputs | None:
         """Frozen features of the training images, for methods that train on pixels beside them.

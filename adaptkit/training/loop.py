@@ -113,6 +113,7 @@ def check_settings(settings: TrainingSettings) -> None:
             ("weight_decay", settings.weight_decay, "0 or more", 0 <= settings.weight_decay < math.inf),
             ("momentum", settings.momentum, "at least 0 and below 1", 0 <= settings.momentum < 1),
             ("eps", settings.eps, "a positive number", 0 < settings.eps < math.inf),
+            ("colour_jitter", settings.colour_jitter, "at least 0 and at most 1", 0 <= settings.colour_jitter <= 1),
             ("optimiser", settings.optimiser, "sgd, adam or adamw", settings.optimiser in ("sgd", "adam", "adamw")),
             ("precision", settings.precision, "fp32, bf16 or fp16", settings.precision in ("fp32", "bf16", "fp16")),
             ("schedule", settings.schedule, f"one of {', '.join(SCHEDULES)}", settings.schedule in SCHEDULES),

@@ -278,7 +278,7 @@ def test_default_then_recipe_then_file_then_flag(tmp_path):
     assert origins["method.num_context"] == origins["training.batch_size"] == f"file {file}"
     assert origins["training.epochs"] == "recipe mine"
     assert origins["method.class_position"] == origins["training.momentum"] == "default"
-    assert len(origins) == 4 + 18  # CoOp's fields and the loop's
+    assert len(origins) == 4 + 19  # CoOp's fields and the loop's
 
 
 def test_without_a_recipe_the_methods_own_defaults_count():
