@@ -159,6 +159,7 @@ def test_only_recipes_that_know_the_dataset_are_marked():
         "mmrlpp/few-shot-per-dataset",
         "prograd/few-shot-per-dataset",
         "promptsrc/few-shot-per-dataset",
+        "taskres/few-shot-per-dataset",
         "tip-adapter-f/few-shot-per-dataset",
         "tip-adapter/few-shot-per-dataset",
     ]
