@@ -52,7 +52,7 @@ def augment(
     flip: bool = True,
     colour_jitter: float = 0.0,
 ) -> Tensor:
-    """An augmented view: a random crop, resized to the input's size, mirrored in half of the cases, recoloured if asked.
+    """An augmented view: a random crop, resized to the input's size, mirrored in half of the cases, and recoloured.
 
     Args:
         image: RGB, of any size.

@@ -220,10 +220,12 @@ def plan_run(
     Raises:
         UnknownNameError: No such method or recipe.
         ConfigError: Settings that can't be used, all in one message.
+        DataError: A search was asked for, and there are too few validation images for one.
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    _check_searches(resolved, task)
     training = to_mapping(resolved.training) if kind.default_training is not None else {}
     if not training.get("colour_jitter"):
         training.pop("colour_jitter", None)  # off, it leaves the keys of earlier runs as they are
@@ -248,6 +250,26 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _check_searches(resolved: Resolved, task: Task) -> None:
+    """Refuse a search that someone asked for where there is nothing to choose on.
+
+    A search that is merely a method's or a recipe's default is left out there, and the result says so. It takes
+    validation images of two classes: among those of one, whatever always answers that class is best.
+    """
+    asked = [
+        key
+        for key, origin in resolved.origins.items()
+        if key.startswith("method.search") and origin != "default" and not origin.startswith("recipe ")
+    ]
+    wanted = [key for key in asked if getattr(resolved.config, key.removeprefix("method.")) is True]
+    seen = 0 if task.val is None else len(set(task.val.labels.tolist()))
+    if wanted and seen < 2:
+        raise DataError(
+            f"{wanted[0]} asks for a choice on validation images of at least two classes, and {task.dataset.name} has"
+            f" {'none' if not seen else 'them of one only'}: add validation images, or leave the setting out."
+        )
 
 
 def run_method(

@@ -624,7 +624,9 @@ def test_settings_out_of_range_are_refused(
         store.features(Counting(), split, **given)
 
 
-@pytest.mark.parametrize("given", [{"crop_scale": 0}, {"crop_scale": 1.5}, {"crop_scale": "a"}, {"seed": 0.5}, {"colour_jitter": 2}])
+@pytest.mark.parametrize(
+    "given", [{"crop_scale": 0}, {"crop_scale": 1.5}, {"crop_scale": "a"}, {"seed": 0.5}, {"colour_jitter": 2}]
+)
 def test_view_settings_out_of_range_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ViewSettings(**given)

@@ -337,7 +337,7 @@ def test_one_class_and_features_that_are_not_finite():
         fit_method(method(), bad)
     inputs = query(BACKBONE, "image_features").clone()
     inputs[4] = float("inf")
-    with pytest.raises(DataError, match="Image 4 of the batch"):
+    with pytest.raises(DataError, match="Image 4 has features"):
         fitted()(inputs)
 
 

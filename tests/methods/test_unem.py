@@ -298,7 +298,7 @@ def test_one_class_and_validation_features_that_are_not_finite():
     with pytest.raises(DataError, match="at least 2"):
         fit_method(UNEM(BACKBONE, NAMES[:1]), alone)
     task.val.values[0, 3] = float("nan")
-    with pytest.raises(DataError, match="Image 3 "):
+    with pytest.raises(DataError, match="Validation image 3 "):
         fit_method(UNEM(BACKBONE, NAMES, config=UNEMConfig(**QUICK)), task)
 
 
