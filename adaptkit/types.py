@@ -122,6 +122,9 @@ class TrainingLoop(Protocol):
 
     settings: TrainingSettings
 
+    def with_settings(self, settings: TrainingSettings) -> TrainingLoop:
+        """The same loop under other settings, for a method that fits another one first."""
+
     def __call__(self, method: Any, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place; the report holds losses, steps and whether it was interrupted."""
 

@@ -387,7 +387,7 @@ def require_finite(values: Tensor, what: str = "Image") -> None:
 
 def _require_finite_inputs(method: nn.Module, given: tuple[Tensor, ...]) -> None:
     """Before every answer: one bad row would spoil a whole transductive batch, and look like a class elsewhere."""
-    if not (method.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if not (method.training or torch.compiler.is_compiling()):
         require_finite(given[0])
 
 

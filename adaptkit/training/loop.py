@@ -65,6 +65,10 @@ class GradientLoop:
         self.progress = progress
         check_settings(self.settings)
 
+    def with_settings(self, settings: TrainingSettings) -> GradientLoop:
+        """The same loop under other settings."""
+        return GradientLoop(settings, self.progress)
+
     def __call__(self, method: GradientMethod, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place.
 

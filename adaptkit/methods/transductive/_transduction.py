@@ -152,7 +152,11 @@ class TransductiveMethod(Method):
             f = F.normalize(inputs.float(), dim=-1)
             text = self.zero_shot().float()
             self._check_assumption(f, text)
-            return self.assign(f, text, self.current_support()).float()
+            return self.answer(inputs, f, text, self.current_support()).float()
+
+    def answer(self, inputs: Tensor, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
+        """`assign`, for methods that also need the features as they came, [batch, dim]."""
+        return self.assign(f, text, support)
 
     def assign(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
         """Log-assignments [batch, classes] whose argmax is the answer.
