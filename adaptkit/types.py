@@ -110,7 +110,8 @@ class TrainingSettings:
     crop_scale: float = field(default=0.08, metadata={"help": "Smallest area share of the random crop."})
     flip: bool = field(default=True, metadata={"help": "Mirror views at random (wrong for digits and letters)."})
     colour_jitter: float = field(
-        default=0.0, metadata={"help": "Most that brightness, contrast and saturation of views change by; 0: none."}
+        default=0.0,
+        metadata={"help": "Most that brightness, contrast and saturation of views change by; 0: none.", "later": True},
     )
     precision: Literal["fp32", "bf16", "fp16"] = field(
         default="fp32", metadata={"help": "fp32, or autocast in bf16/fp16 with fp32 weights."}

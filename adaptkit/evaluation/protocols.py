@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -226,12 +226,9 @@ def plan_run(
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
     _check_searches(resolved, task)
-    training = to_mapping(resolved.training) if kind.default_training is not None else {}
-    if not training.get("colour_jitter"):
-        training.pop("colour_jitter", None)  # off, it leaves the keys of earlier runs as they are
     settings = {
-        "method": to_mapping(resolved.config),
-        "training": training,
+        "method": _key_values(resolved.config),
+        "training": _key_values(resolved.training) if kind.default_training is not None else {},
         "templates": list(templates_of(task, chosen)),
         "precision": precision,
     }
@@ -250,6 +247,15 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _key_values(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, without those marked "later" that are at their default.
+
+    They came after runs had been made, and leave the keys of those as they are.
+    """
+    later = {item.name: item.default for item in fields(settings) if item.metadata.get("later")}
+    return {key: value for key, value in to_mapping(settings).items() if key not in later or value != later[key]}
 
 
 def _check_searches(resolved: Resolved, task: Task) -> None:

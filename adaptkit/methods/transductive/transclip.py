@@ -52,7 +52,10 @@ class TransCLIPConfig(TransductiveConfig):
     )
     start_from: str = field(
         default="zero-shot",
-        metadata={"help": "Whose predictions it starts from: a method that reads features and answers image by image."},
+        metadata={
+            "help": "Whose predictions it starts from: a method that reads features and answers image by image.",
+            "later": True,
+        },
     )
     search: bool = field(default=True, metadata={"help": "Choose gamma on validation images, where there are any."})
     parity: Literal["none", "aligned", "published"] = field(
