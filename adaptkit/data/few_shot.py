@@ -28,6 +28,9 @@ import numpy as np
 from adaptkit.data.splits import Split, TrainSplit, ValSplit, require_split
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
 
+SAMPLER_VERSION = 1
+"""Raised when any sampler draws other images than before; stored in few-shot lists."""
+
 _VAL_SHOTS = 4  # CoOp's upper limit of validation images per class
 _TIP_SEED = 1
 _TPT_SEED = 0

@@ -1,7 +1,7 @@
 """Known datasets under a data root: which layout lies there, what is missing, and which split is read.
 
-Published split files are read as they are. Where there is one, a split of our own is made on request only, under another
-name, and says so wherever results are shown.
+Published split files are read as they are. A split of our own is made on request only, under another name, and says so
+wherever results are shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from adaptkit.data.catalogue import CATALOGUE, Known, Layout
 from adaptkit.data.lists import Lists, read_split_json
 from adaptkit.data.own_split import keep_val, split_all
-from adaptkit.data.readers import Official, Place, read_official
+from adaptkit.data.readers import Official, Place, read_official, shown_names
 from adaptkit.data.splits import TorchSource
 from adaptkit.errors import DataError, MissingPathError
 from adaptkit.storage import digest_file
@@ -196,7 +196,8 @@ def found_in_json(path: Path, name: str, image_root: Path | None, data_root: Pat
     if not own and known.json_sha256 and digest_file(path) != known.json_sha256:
         notes = [f"{path.name} isn't the published file: check the split before comparing with published figures"]
     source["split"] = "own" if own else "other" if notes else "published"
-    return Found(name, stored, lists, root, False, source, notes)
+    shown = shown_names(known, stored, data_root or path.parent.parent)
+    return Found(name, stored, lists, root, False, source, notes, shown)
 
 
 def _image_root(path: Path, known: Known | None, data_root: Path | None, first: str) -> Path:
@@ -255,7 +256,7 @@ def _found(place: Place, official: Official, lists: Lists, split: str, notes: li
         official.trusted,
         source,
         [*notes, *official.notes],
-        official.shown,
+        shown_names(place.known, official.stored_names, place.data_root),
     )
 
 
@@ -322,8 +323,8 @@ def _open_torch(place: Place) -> dict[str, Any]:
         raise DataError(f"{place.known.name} can't be read: {error}.") from error
     except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         raise DataError(
-            f"torchvision can't read {place.known.name} in {place.folder}: {str(error).rstrip('.')}. Get its files again"
-            f" ('adaptkit data prepare {place.known.name}')."
+            f"torchvision can't read {place.known.name} in {place.folder} ({str(error).rstrip('.')}): get its files"
+            f" again ('adaptkit data prepare {place.known.name}')."
         ) from error
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptkit.data.catalogue import CATALOGUE, Known, Layout, Reader
 from adaptkit.data.folders import class_folders
 from adaptkit.data.lists import Item, Lists, first_few, many
+from adaptkit.data.templates import display_name
 from adaptkit.errors import DataError, MissingPathError
 from adaptkit.storage import check_relative, read_json
 
@@ -49,14 +50,12 @@ class Official:
     Args:
         stored_names: Class names by label.
         lists: Images by split; under "all" where nothing is split.
-        shown: Names to show by stored name, where they differ.
         trusted: Whether the paths come from the file system itself.
         notes: What a reader of results must know.
     """
 
     stored_names: tuple[str, ...]
     lists: Lists
-    shown: Mapping[str, str] = field(default_factory=dict)
     trusted: bool = False
     notes: tuple[str, ...] = ()
 
@@ -74,6 +73,58 @@ def read_official(place: Place) -> Official:
         for item in items:
             check_relative(item.path)
     return found
+
+
+def shown_names(known: Known, stored: Sequence[str], data_root: Path) -> dict[str, str]:
+    """The names to show by stored name, for datasets whose stored names aren't made to be read.
+
+    Raises:
+        MissingPathError: They are ImageNet's and aren't under the data root.
+        DataError: A stored name isn't a wnid of ImageNet.
+    """
+    if known.reader == "imagenet":
+        names = imagenet_names(data_root)
+        unknown = [wnid for wnid in stored if wnid not in names]
+        if unknown:
+            raise DataError(
+                f"{known.name} has {many(len(unknown), 'class folder')} that ImageNet's {len(names)} class names don't"
+                f" cover ({first_few(unknown)}): one folder per wnid is expected."
+            )
+        return {wnid: names[wnid] for wnid in stored}  # told apart in the whole list, so the same in every variant
+    if known.names:
+        return distinct({name: known.names[name] for name in stored if name in known.names})
+    rule = {"cub": bird_name, "dogs": breed_name, "split-folders": species_name}.get(known.reader)
+    return distinct({name: display_name(rule(name)) for name in stored}) if rule is not None else {}
+
+
+def bird_name(stored: str) -> str:
+    """A bird's name without the number CUB puts in front.
+
+    Example:
+        >>> bird_name("001.Black_footed_Albatross")
+        'Black_footed_Albatross'
+    """
+    return re.sub(r"^\d+\.", "", stored)
+
+
+def breed_name(stored: str) -> str:
+    """A dog's breed without its wnid.
+
+    Example:
+        >>> breed_name("n02085936-Maltese_dog")
+        'Maltese_dog'
+    """
+    return re.sub(r"^n\d{8}-", "", stored)
+
+
+def species_name(folder: str) -> str:
+    """The scientific name in an iNaturalist folder's: its number, kingdom, phylum, class, order and family go.
+
+    Example:
+        >>> species_name("00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris")
+        'Lumbricus terrestris'
+    """
+    return " ".join(folder.split("_")[6:]) or folder
 
 
 def distinct(names: Mapping[str, str]) -> dict[str, str]:
@@ -303,25 +354,16 @@ def _aircraft(place: Place) -> Official:
 
 def _imagenet(place: Place) -> Official:
     """Folders per wnid, or (ImageNet-V2) per position in the list of names; stored names are wnids."""
-    names = imagenet_names(place.data_root)
-    wnids = tuple(names)
-    by_position = place.known.name == "imagenetv2"
+    wnids = tuple(imagenet_names(place.data_root)) if place.known.name == "imagenetv2" else ()
     lists: Lists = {}
     stored: tuple[str, ...] = ()
     notes: list[str] = []
     for split, part in (place.layout.parts or {"test": ""}).items():
         by_class, more = class_folders(place.images / part, needs_images=False)
         notes += more
-        if by_position:
-            by_class = {wnids[int(folder)]: files for folder, files in _in_number_order(by_class, wnids, place)}
-        folders = {wnid: str(wnids.index(wnid)) if by_position else wnid for wnid in by_class}
-        unknown = sorted(set(by_class) - set(names))
-        if unknown:
-            raise DataError(
-                f"{place.images / part} has {many(len(unknown), 'folder')} that {many(len(names), 'class')} of ImageNet"
-                f" don't have ({first_few(unknown)}): one folder per wnid is expected."
-            )
-        stored = stored or tuple(sorted(by_class))
+        folders = _positions(by_class, wnids, place) if wnids else dict(zip(by_class, by_class, strict=True))
+        by_class = {wnid: by_class[folder] for wnid, folder in folders.items()}
+        stored = stored or tuple(by_class)
         extra = sorted(set(by_class) - set(stored))
         if extra:
             raise DataError(f"{place.images / part} has classes that the training images don't: {first_few(extra)}.")
@@ -331,19 +373,17 @@ def _imagenet(place: Place) -> Official:
             for label, wnid in enumerate(stored)
             for file in by_class.get(wnid, ())
         ]
-    return Official(stored, lists, {wnid: names[wnid] for wnid in stored}, trusted=True, notes=tuple(notes))
+    return Official(stored, lists, trusted=True, notes=tuple(notes))
 
 
-def _in_number_order(
-    by_class: Mapping[str, list[str]], wnids: Sequence[str], place: Place
-) -> list[tuple[str, list[str]]]:
-    """Folders 0, 1, 2, … in that order: as texts they would be sorted 0, 1, 10, 100."""
+def _positions(by_class: Mapping[str, list[str]], wnids: Sequence[str], place: Place) -> dict[str, str]:
+    """ImageNet-V2's folders 0, 1, 2, … by wnid, in that order: as texts they would be sorted 0, 1, 10, 100."""
     wrong = [folder for folder in by_class if not folder.isdecimal() or int(folder) >= len(wnids)]
     if wrong:
         raise DataError(
             f"{place.images} has the folders {first_few(wrong)}; ImageNet-V2's are numbered 0 to {len(wnids) - 1}."
         )
-    return sorted(by_class.items(), key=lambda pair: int(pair[0]))
+    return {wnids[int(folder)]: folder for folder in sorted(by_class, key=int)}
 
 
 def imagenet_names(data_root: Path) -> dict[str, str]:
@@ -398,12 +438,7 @@ def _cub(place: Place) -> Official:
     lists: Lists = {"train": [], "test": []}
     for image, path in images.items():
         lists["train" if trains[image] == "1" else "test"].append(Item(path, index[labels[image]]))
-    stored = tuple(names[label] for label in used)
-    return Official(stored, lists, {name: _spaced(re.sub(r"^\d+\.", "", name)) for name in stored})
-
-
-def _spaced(name: str) -> str:
-    return " ".join(name.replace("_", " ").split())
+    return Official(tuple(names[label] for label in used), lists)
 
 
 def _dogs(place: Place) -> Official:
@@ -417,7 +452,7 @@ def _dogs(place: Place) -> Official:
         split: _labelled(((file, file.partition("/")[0]) for file in files), stored, place.folder)
         for split, files in images.items()
     }
-    return Official(stored, lists, {name: _spaced(name.partition("-")[2] or name) for name in stored})
+    return Official(stored, lists)
 
 
 def _resisc45(place: Place) -> Official:
@@ -445,9 +480,7 @@ def _gtsrb(place: Place) -> Official:
     if not rows or not {"Filename", "ClassId"} <= set(rows[0]):
         raise DataError(f"{path} must have the columns Filename and ClassId, separated by semicolons.")
     pairs = ((f"Final_Test/Images/{row['Filename']}", f"{_number(row['ClassId'], path):05d}") for row in rows)
-    return Official(
-        stored, {"train": train, "test": _labelled(pairs, stored, path)}, place.known.names, notes=tuple(notes)
-    )
+    return Official(stored, {"train": train, "test": _labelled(pairs, stored, path)}, notes=tuple(notes))
 
 
 def _split_folders(place: Place) -> Official:
@@ -460,18 +493,7 @@ def _split_folders(place: Place) -> Official:
         stored, notes = stored or tuple(by_class), notes + more
         pairs = ((f"{part}/{name}/{file}", name) for name, files in by_class.items() for file in files)
         lists[split] = _labelled(pairs, stored, place.images / part)
-    shown = place.known.names or {name: species_name(name) for name in stored if name.count("_") > 6}
-    return Official(stored, lists, distinct(shown), trusted=True, notes=tuple(notes))
-
-
-def species_name(folder: str) -> str:
-    """The scientific name in an iNaturalist folder's: its number, kingdom, phylum, class, order and family go.
-
-    Example:
-        >>> species_name("00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris")
-        'Lumbricus terrestris'
-    """
-    return " ".join(folder.split("_")[6:])
+    return Official(stored, lists, trusted=True, notes=tuple(notes))
 
 
 _READERS: Mapping[Reader, Callable[[Place], Official]] = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from adaptkit.data.lists import (
 )
 from adaptkit.data.own_split import split_all
 from adaptkit.data.own_split import split_sizes as split_sizes
+from adaptkit.data.shot_lists import is_shot_list, load_shot_list
 from adaptkit.data.splits import (
     ArraySource,
     Dataset,
@@ -125,6 +127,16 @@ def load_dataset(
         path = _existing_path(text)
         if path.is_dir():
             found = _find_folder(path, seed, shots)
+        elif path.suffix.lower() == ".json" and is_shot_list(path):
+            load = partial(
+                load_dataset,
+                data_root=root,
+                templates=templates,
+                display_names=display_names,
+                image_root=image_root,
+                seed=seed,
+            )
+            return load_shot_list(path, load)
         elif path.suffix.lower() == ".json":
             found = found_in_json(path, BY_FILE.get(path.name, ""), _image_root(image_root), root)
         elif path.suffix.lower() in (".csv", ".tsv"):
