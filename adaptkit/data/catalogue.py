@@ -571,8 +571,8 @@ _TABLE = (
         reader="imagenet",
         layouts=(
             Layout("imagenet-adversarial", "imagenet-a"),
-            Layout("imagenet-a"),
             Layout("imagenet-a", "imagenet-a"),
+            Layout("imagenet-a"),
         ),
         example="n01498041/….jpg",
         origins=(
@@ -593,7 +593,11 @@ _TABLE = (
         sizes=(0, 0, 30_000),
         rule="all images, test only",
         reader="imagenet",
-        layouts=(Layout("imagenet-rendition", "imagenet-r"), Layout("imagenet-r"), Layout("imagenet-r", "imagenet-r")),
+        layouts=(
+            Layout("imagenet-rendition", "imagenet-r"),
+            Layout("imagenet-r", "imagenet-r"),
+            Layout("imagenet-r"),
+        ),
         example="n01443537/….jpg",
         origins=(
             Origin(

@@ -319,12 +319,10 @@ def _open_torch(place: Place) -> dict[str, Any]:
             split: getattr(torchvision.datasets, kind)(place.folder, download=False, **arguments)
             for split, arguments in splits.items()
         }
-    except ImportError as error:
-        raise DataError(f"{place.known.name} can't be read: {error}.") from error
     except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         raise DataError(
-            f"torchvision can't read {place.known.name} in {place.folder} ({str(error).rstrip('.')}): get its files"
-            f" again ('adaptkit data prepare {place.known.name}')."
+            f"torchvision can't read {place.known.name} in {place.folder}: {str(error).rstrip('.')}. If its files are"
+            f" damaged, remove them and get them again ('adaptkit data prepare {place.known.name}')."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -102,6 +103,9 @@ def prepare(
     state.ready = not state.missing
     if state.ready:
         shutil.rmtree(root / _DOWNLOADS / name, ignore_errors=True)
+    for folder in (root / _DOWNLOADS / name, root / _DOWNLOADS):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless something in it can be gone on with
     return state
 
 
@@ -139,7 +143,7 @@ def _missing(known: Known, root: Path, own_split: bool) -> str:
             return ""
         found = find_known(known.name, root, own_split=own_split)
     except AdaptKitError as error:
-        return str(error)
+        return str(error).partition(": under the data root")[0].rstrip(".") + "."  # the tree is shown beside it
     items = [item for items in found.lists.values() for item in items]
     looked_for = [found.root / item.path for item in items[:: max(1, len(items) // 1000)]]
     without = next((path for path in looked_for if not path.exists()), None)

@@ -190,7 +190,7 @@ def _matrix(path: Path) -> dict[str, Any]:
         MissingPathError: No such file.
         DataError: scipy can't read it.
     """
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise MissingPathError(f"There is no {path}, which lists the dataset's images or classes.")
