@@ -187,7 +187,7 @@ def chosen(dataset: Dataset, split: str, entries: Sequence[Sequence[Any]], where
     absent = [path for path, _ in entries if path not in index]
     if absent:
         raise DataError(
-            f"{where} lists {many(len(absent), 'image')} that aren't among the {split} images of {dataset.name}"
+            f"{where} lists {many(len(absent), 'image')} not among the {split} images of {dataset.name}"
             f" ({first_few(absent)})."
         )
     wrong = [path for path, label in entries if labels[index[path]] != label]
