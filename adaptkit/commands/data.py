@@ -126,7 +126,7 @@ def check(
             console.say(f"note: {note}")
         if not report.problems + different:
             console.say("Everything can be used.")
-    problems = [f"{sentence}." for sentence in different + report.problems]
+    problems = [sentence.rstrip(".") + "." for sentence in different + report.problems]
     if problems:
         more = f" … and {len(problems) - 20} more." if len(problems) > 20 else ""
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

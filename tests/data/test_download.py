@@ -105,7 +105,7 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
 
 def test_too_many_cuts_keep_what_came(server, tmp_path):
     server.cut = 10
-    with pytest.raises(StorageError, match="connection ended after .* run the command again to go on"):
+    with pytest.raises(StorageError, match=r"connection ended after .* run the command again to go on"):
         fetch(f"{server.url}/data.bin", tmp_path / "data.bin")
     assert (tmp_path / "data.bin.part").stat().st_size > 800_000
     assert not (tmp_path / "data.bin").exists()
@@ -113,7 +113,7 @@ def test_too_many_cuts_keep_what_came(server, tmp_path):
 
 def test_a_wrong_checksum_removes_the_file(server, tmp_path):
     for wrong in ({"md5": "0" * 32}, {"sha256": "0" * 64}):
-        with pytest.raises(StorageError, match="data.bin has the .*0000 was expected"):
+        with pytest.raises(StorageError, match=r"data\.bin has the .*0000 was expected"):
             fetch(f"{server.url}/data.bin", tmp_path / "data.bin", **wrong)
         assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").write_bytes(b"damaged")
@@ -133,7 +133,7 @@ def test_a_missing_file_and_a_missing_server(server, tmp_path):
         fetch(f"{server.url}/nothing", tmp_path / "x")
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(StorageError, match="can't be fetched: .*refused"):
+    with pytest.raises(StorageError, match=r"can't be fetched: .*refused"):
         fetch(f"{server.url}/data.bin", tmp_path / "x")
 
 
