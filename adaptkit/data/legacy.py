@@ -214,7 +214,7 @@ def _anchored(images: Iterable[LegacyImage], ids: Iterable[str]) -> list[tuple[s
             found.append((name, image.label))
     if lost:
         raise DataError(
-            f"The dataset lacks {many(len(lost), 'listed image')} ({first_few(lost)}): give the dataset and the data root"
-            " that the file was made for."
+            f"The dataset lacks {many(len(lost), 'listed image')} ({first_few(lost)}): give the dataset and the data"
+            " root that the file was made for."
         )
     return found

@@ -15,7 +15,7 @@ from adaptkit.data.known import find_known, find_torch
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import Dataset
 from adaptkit.errors import AdaptKitError, ConfigError, StorageError, UnknownNameError
-from adaptkit.storage import write_json
+from adaptkit.storage import file_lock, write_json
 from adaptkit.types import ProgressCallback
 
 _DOWNLOADS = ".adaptkit-downloads"
@@ -90,7 +90,8 @@ def prepare(
         attempts.insert(0, Origin("the mirror of the split files", ()))
     for origin in attempts if state.missing else ():
         try:
-            _get(origin, known, root, bool(known.json) and not own_split, progress)
+            with file_lock(root / _DOWNLOADS / f"{name}.lock"):  # a second call waits, and finds what the first got
+                _get(origin, known, root, bool(known.json) and not own_split, progress)
         except AdaptKitError as error:
             state.tried.append((origin.where, str(error)))
             continue
@@ -103,6 +104,8 @@ def prepare(
     state.ready = not state.missing
     if state.ready:
         shutil.rmtree(root / _DOWNLOADS / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (root / _DOWNLOADS / f"{name}.lock").unlink()
     for folder in (root / _DOWNLOADS / name, root / _DOWNLOADS):
         with contextlib.suppress(OSError):
             folder.rmdir()  # unless something in it can be gone on with

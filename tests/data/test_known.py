@@ -446,3 +446,53 @@ def test_json_of_a_layout_names_paths_as_the_table_says():
             assert {path.count("/") for path in paths} == {CATALOGUE[name].example.count("/")}
             compared += 1
     assert compared == 7
+
+
+# --- readers against published split files -------------------------------------------------------------------------
+
+
+def published(name):
+    """Triples of a published split file by split."""
+    import os
+    from pathlib import Path
+
+    folder = os.environ.get("ADAPTKIT_SPLITS_DIR")
+    if not folder:
+        pytest.skip("ADAPTKIT_SPLITS_DIR isn't set: no published split files")
+    return json.loads((Path(folder) / CATALOGUE[name].json).read_text())
+
+
+def official_files(name, root, content):
+    """The index files a published split was made of, rebuilt from it; its images, empty."""
+    known = CATALOGUE[name]
+    images, folder = root / known.layouts[0].image_path, root / known.layouts[0].folder
+    for path in {path for triples in content.values() for path, _, _ in triples}:
+        (images / path).parent.mkdir(parents=True, exist_ok=True)
+        (images / path).touch()
+    train, test = content["train"] + content["val"], content["test"]
+    if name == "oxford_pets":
+        for file, triples in (("trainval", train), ("test", test)):
+            lines = [f"{path.removesuffix('.jpg')} {label + 1} 1 1" for path, label, _ in sorted(triples)]
+            write(folder / "annotations" / f"{file}.txt", "\n".join(lines) + "\n")
+    if name == "ucf101":
+        actions = {label: stored.replace("_", "") for _, label, stored in train}
+        lists = folder / "ucfTrainTestlist"
+        write(lists / "classInd.txt", "".join(f"{n + 1} {actions[n]}\n" for n in sorted(actions)))
+        for file, triples in (("trainlist01.txt", train), ("testlist01.txt", test)):
+            videos = [(actions[label], path.partition("/")[2], label) for path, label, _ in triples]
+            lines = [f"{action}/{frame.removesuffix('.jpg')}.avi {label + 1}" for action, frame, label in videos]
+            write(lists / file, "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["caltech101", "dtd", "oxford_pets", "ucf101"])
+def test_own_splits_have_the_published_classes_and_sizes(name, tmp_path):
+    content = published(name)
+    official_files(name, tmp_path, content)
+    own = load_dataset(name, data_root=tmp_path, own_split=True)
+    wanted = {(path, label) for triples in content.values() for path, label, _ in triples}
+    held = {pair for split in own.splits.values() for pair in zip(split.ids, split.labels.tolist(), strict=True)}
+    assert held == wanted
+    assert own.stored_names == tuple(dict(sorted((label, stored) for _, label, stored in content["test"])).values())
+    assert tuple(map(len, own.splits.values())) == CATALOGUE[name].sizes
+    tests = {path for path, _, _ in content["test"]}
+    assert (set(own.test.ids) == tests) is (name in ("oxford_pets", "ucf101"))  # official there, drawn in the others
