@@ -11,6 +11,10 @@ ifneq ($(wildcard $(SHARED)/splits),)
 export ADAPTKIT_SPLITS_DIR ?= $(abspath $(SHARED)/splits)
 export ADAPTKIT_FEATURES_DIR ?= $(abspath $(SHARED)/features)
 endif
+# Whole datasets, where somebody has unpacked the zips beside themselves; the heavier checks run on them.
+ifneq ($(wildcard $(SHARED)/images/eurosat/2750),)
+export ADAPTKIT_DATA_ROOT ?= $(abspath $(SHARED)/images)
+endif
 
 .PHONY: help run test slow check bench setup clean
 

@@ -78,9 +78,20 @@ engine_options = apply(
         ),
     ]
 )
+data_root_option = click.option(
+    "--data-root",
+    type=click.Path(file_okay=False),
+    help="Folder that holds the datasets' folders [default: $ADAPTKIT_DATA_ROOT].",
+)
+own_split_option = click.option(
+    "--own-split",
+    is_flag=True,
+    help="Give a known dataset a split of ours (noted in results: never comparable with published figures).",
+)
 data_options = apply(
     [
-        click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders."),
+        data_root_option,
+        own_split_option,
         click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble."),
         click.option(
             "--sampler",

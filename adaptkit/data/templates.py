@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.config import check_templates
+from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.types import DEFAULT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -22,22 +23,11 @@ IMAGENET_ENSEMBLE = (
 )
 """OpenAI's selected seven of the 80 ImageNet templates. Source: datasets sheet, section 6."""
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "oxford_pets": ("a photo of a {}, a type of pet.",),
-    "oxford_flowers": ("a photo of a {}, a type of flower.",),
-    "food101": ("a photo of {}, a type of food.",),
-    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.",),
-    "dtd": ("{} texture.",),
-    "eurosat": ("a centered satellite photo of {}.",),
-    "ucf101": ("a photo of a person doing {}.",),
-}
-"""The single templates of CoOp and nearly all followers, where they aren't the default one. Source: datasets sheet,
-6."""
-
 
 def templates_for(name: str) -> tuple[str, ...]:
-    """The templates of a dataset by its registry name, the default ones for any other."""
-    return TEMPLATES.get(name, DEFAULT_TEMPLATES)
+    """The templates of a known dataset by its name, the default ones for any other."""
+    known = CATALOGUE.get(name)
+    return DEFAULT_TEMPLATES if known is None else known.templates
 
 
 def display_name(stored: str) -> str:

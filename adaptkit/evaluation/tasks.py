@@ -39,6 +39,7 @@ class TaskSpec:
         data_root: Folder that holds the datasets' folders.
         templates: Prompts with one "{}"; none for the dataset's own.
         display_names: JSON file of class names as the text tower shall read them.
+        own_split: A split of ours instead of a known dataset's published one.
         skip_unreadable: Leave out training and validation images that can't be read.
         descriptions: File or folder of sentences about the classes.
         allow_undescribed: Accept classes that the descriptions leave out.
@@ -61,6 +62,7 @@ class TaskSpec:
     data_root: str | None = None
     templates: tuple[str, ...] = ()
     display_names: str | None = None
+    own_split: bool = False
     skip_unreadable: bool = False
     descriptions: str | None = None
     allow_undescribed: bool = False
@@ -132,6 +134,7 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         templates=list(spec.templates) or None,
         shots=spec.shots,
         display_names=spec.display_names,
+        own_split=spec.own_split,
     )
     if spec.descriptions is not None:
         data = with_descriptions(data, spec.descriptions, allow_missing=spec.allow_undescribed)
