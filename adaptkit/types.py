@@ -62,7 +62,7 @@ class OtherDataset:
     """What a method is told about classes of a dataset that it wasn't fitted on.
 
     Args:
-        templates: Zero-shot templates of that dataset; methods that bring their own keep them.
+        templates: Zero-shot templates of that dataset; methods with `fixed_templates` keep theirs.
         descriptions: Sentences by class name.
         settings: Values of the method's `settable` settings, chosen knowing that dataset: results must say so.
     """

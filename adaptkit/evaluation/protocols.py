@@ -437,6 +437,7 @@ def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
 
 
 def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
+    learned = bool(method.context_vectors()) and not method.uses_fallback
     return PartResult(
         part.name,
         metrics.num_classes,
@@ -445,7 +446,7 @@ def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult
         metrics.to_dict(),
         metrics.per_class,
         method.uses_fallback,
-        () if part.other is None else method.templates,
+        () if part.other is None or learned else method.templates,
     )
 
 

@@ -46,7 +46,8 @@ class PartResult:
         metrics: Full-precision metrics as fractions (see `adaptkit.evaluation.metrics`).
         per_class: (correct, total) for each class, in class order.
         fallback: True where the method can't serve these classes and its predictions are zero-shot.
-        templates: The zero-shot templates in use, for parts of another dataset than the one trained on.
+        templates: For parts of another dataset than the one trained on: the templates its classes were described with;
+            empty where a learned prompt stood in their place.
     """
 
     name: str

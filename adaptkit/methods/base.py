@@ -76,6 +76,7 @@ class Method(nn.Module):
         tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
         mixes_classes: Whether it can choose between fitted classes and others; where it answers others zero-shot, it
             never can.
+        fixed_templates: Whether it brings templates of its own, and takes no others.
         settable: Settings that another dataset may have values of its own for (see `OtherDataset`).
         other: What is known of the other dataset that the current classes and the images belong to; None for the one it
             was fitted on.
@@ -92,6 +93,7 @@ class Method(nn.Module):
     scores_by_class_list: ClassVar[bool] = False
     tunes_towers: ClassVar[bool] = False
     mixes_classes: ClassVar[bool] = True
+    fixed_templates: ClassVar[bool] = False
     settable: ClassVar[tuple[str, ...]] = ()
     other: OtherDataset | None = None
     _zero_shot_memo: tuple[Any, Tensor] | None = None
@@ -124,9 +126,9 @@ class Method(nn.Module):
         self._require_descriptions(self.fitted_names)
         self.uses_fallback = False
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
-        self._text_changes, given = 0, self.templates  # the first counts changes of templates and descriptions
+        self._text_changes = 0  # of templates and descriptions, counted
         self.build()
-        self._own = (self.templates, self.descriptions, self.templates == given)
+        self._own_texts = (self.templates, self.descriptions)
         self.to(backbone.device)
         self.set_classes(class_names)
         self.eval()  # only a training loop puts it into training mode
@@ -233,7 +235,7 @@ class Method(nn.Module):
         """Take the other dataset's texts, or one's own again."""
         if other is self.other:
             return
-        templates, descriptions, replaceable = self._own
+        templates, descriptions = self._own_texts
         if other is not None:
             unknown = sorted(set(other.settings) - set(self.settable))
             if unknown:
@@ -241,7 +243,7 @@ class Method(nn.Module):
                     f"{self.name} takes no {unknown[0]!r} for another dataset; it takes"
                     f" {', '.join(self.settable) or 'no settings there'}."
                 )
-            templates = check_templates(other.templates) if replaceable else templates
+            templates = templates if self.fixed_templates else check_templates(other.templates)
             reads = self.reads_descriptions != "never"
             descriptions = check_descriptions(other.descriptions) if reads else descriptions
         self.other, self.templates, self.descriptions = other, templates, descriptions
