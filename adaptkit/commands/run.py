@@ -37,6 +37,7 @@ def command(
     Examples:
       adaptkit run --method coop --dataset digits --protocol base-to-novel --shots 16
       adaptkit run my_photos --method tip-adapter --shots 4 --backbone ViT-B-16/openai
+      adaptkit run shapes --method coop --protocol cross-dataset --targets textures,digits
     """
     from adaptkit.methods import methods
 

@@ -447,6 +447,7 @@ def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult
         metrics.per_class,
         method.uses_fallback,
         () if part.other is None or learned else method.templates,
+        () if part.split.class_names == method.fitted_names else part.split.class_names,
     )
 
 

@@ -48,6 +48,7 @@ class PartResult:
         fallback: True where the method can't serve these classes and its predictions are zero-shot.
         templates: For parts of another dataset than the one trained on: the templates its classes were described with;
             empty where a learned prompt stood in their place.
+        class_names: The classes of the images, in label order, where they aren't those trained on.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PartResult:
     per_class: tuple[tuple[int, int], ...]
     fallback: bool = False
     templates: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float:

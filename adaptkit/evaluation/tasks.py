@@ -253,7 +253,7 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         spec.seed,
         spec.sampler,
         allow_fewer=spec.allow_fewer,
-        targets=_load_targets(spec, templates),
+        targets=_load_targets(spec, templates, progress),
         masking=spec.masking,
         halves=_read_halves(spec, data),
         class_split=spec.class_split,
@@ -284,12 +284,14 @@ def _load_source(spec: TaskSpec, templates: Sequence[str], progress: ProgressCal
     return replace(data, train=train, val=val, notes=(*data.notes, *notes))
 
 
-def _load_targets(spec: TaskSpec, templates: Sequence[str]) -> list[Dataset]:
+def _load_targets(spec: TaskSpec, templates: Sequence[str], progress: ProgressCallback | None) -> list[Dataset]:
     """The targets; what is wrong with several of them is said in one message."""
     from adaptkit.data.sources import load_dataset
 
     found, errors = [], []
-    for name in spec.all_targets:
+    for done, name in enumerate(spec.all_targets):
+        if progress is not None:
+            progress("loading targets", done, len(spec.all_targets))
         try:
             target = load_dataset(name, data_root=spec.data_root, templates=templates or None)
             found.append(_described(target, spec.descriptions))
