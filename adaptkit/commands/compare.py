@@ -11,7 +11,7 @@ import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
-from adaptkit.errors import DataError, StorageError
+from adaptkit.errors import DataError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
@@ -86,10 +86,14 @@ def run_all(
     task = load_task(options.task, progress)
     model = load_backbone(options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
-    plans = [
-        plan_run(name, model, task, overrides=share, precision=options.precision)
-        for name, share in zip(chosen, shares, strict=True)
-    ]
+    plans, refused = [], []
+    for name, share in zip(chosen, shares, strict=True):
+        try:
+            plans.append(plan_run(name, model, task, overrides=share, precision=options.precision))
+        except UnsupportedError as error:
+            refused.append(str(error))
+    if refused:
+        raise UnsupportedError("\n".join(refused))
     check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
     store, results = FeatureStore(options.cache), []
     for plan in plans:

@@ -73,7 +73,8 @@ def command(
     ]
     title = _runs.settings_line(result)
     if result.targets:  # many columns for one row: printed upright
-        console.print_table(title, columns[:1] + row[:1], list(zip(columns[1:], row[1:], strict=True)), left=["method"])
+        click.echo(title)  # on its own: the table is narrower
+        console.print_table("", columns[:1] + row[:1], list(zip(columns[1:], row[1:], strict=True)), left=["method"])
     else:
         console.print_table(title, columns, [row], left=["method"])
     for warning in result.warnings:

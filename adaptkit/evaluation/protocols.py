@@ -407,8 +407,14 @@ class _Run:
             facts.append(f"trained by recipe {recipe.name}, which is written for {recipe.protocol}")
         if method.context_vectors():
             facts.append("names of the targets' classes stand in the learned prompt, in the place of any template")
-        elif task.protocol == "cross-dataset" and recipe is not None and recipe.template_use == "dataset":
-            facts.append("each target is described by its own templates (in the result of each part)")
+        elif task.protocol == "cross-dataset":
+            used = {part.other.templates for part in task.parts if part.other is not None} | {method.templates}
+            alike = method.fixed_templates or len(used) == 1
+            facts.append(
+                "source and targets are described by the same templates"
+                if alike
+                else "each target is described by its own templates (in the result of each part)"
+            )
         if any(part.columns for part in task.parts):
             facts.append(
                 "candidates of shifted datasets: logits over all source classes, the columns of the others dropped"

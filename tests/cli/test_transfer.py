@@ -65,6 +65,14 @@ def test_marked_options_stand_in_the_title(call, refused, photos, tmp_path):
     assert "'oak'" in refused(*words, "--base-classes", tmp_path / "base.txt", "--out", tmp_path / "x")
 
 
+def test_compare_names_every_method_that_refuses_the_task(refused, photos, tmp_path):
+    words = ["compare", photos, "--protocol", "base-to-novel", "--joint", "--shots", 2, "--out", tmp_path / "out"]
+    message = refused(*words)
+    assert all(f"{name} scores" in message for name in ("linear-probe", "tip-adapter", "tip-adapter-f"))
+    assert "clip-adapter" not in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_default_folders_tell_the_options_apart(call, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["run", photos, "--protocol", "base-to-novel", "--method", "zero-shot", "--shots", 2]

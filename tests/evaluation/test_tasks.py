@@ -198,6 +198,9 @@ def test_a_target_gives_what_zero_shot_gives_on_it_alone(run):
     assert crossed.part("digits").templates == DIGITS.templates
     other = run("zero-shot", elsewhere([dataclasses.replace(DIGITS, templates=("{}",))])).result
     assert other.part("digits").templates == ("{}",)
+    assert any("its own templates" in warning for warning in other.warnings)
+    same = run("zero-shot", elsewhere([dataclasses.replace(DIGITS, templates=SHAPES.templates)])).result
+    assert any("the same templates" in warning for warning in same.warnings)
     assert other.key_digest != crossed.key_digest
     assert other.part("source") == crossed.part("source")
 
