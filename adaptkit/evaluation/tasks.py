@@ -240,11 +240,14 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
     from adaptkit.data.templates import read_templates
 
     problems = spec.problems()
-    if len(problems) > 1:
-        raise ConfigError("\n".join([f"{len(problems)} things can't be used:", *problems]))
-    if problems:
-        raise ConfigError(problems[0])
     templates = read_templates(spec.templates)
+    targets, wrong = _load_targets(spec, templates, progress)
+    if wrong and not problems and len(wrong) == 1:
+        raise wrong[0]
+    problems += map(str, wrong)
+    if problems:
+        count = [f"{len(problems)} things can't be used:"] * (len(problems) > 1)
+        raise ConfigError("\n".join([*count, *problems]))
     data = _load_source(spec, templates, progress)
     return make_task(
         data,
@@ -253,7 +256,7 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         spec.seed,
         spec.sampler,
         allow_fewer=spec.allow_fewer,
-        targets=_load_targets(spec, templates, progress),
+        targets=targets,
         masking=spec.masking,
         halves=_read_halves(spec, data),
         class_split=spec.class_split,
@@ -284,11 +287,14 @@ def _load_source(spec: TaskSpec, templates: Sequence[str], progress: ProgressCal
     return replace(data, train=train, val=val, notes=(*data.notes, *notes))
 
 
-def _load_targets(spec: TaskSpec, templates: Sequence[str], progress: ProgressCallback | None) -> list[Dataset]:
-    """The targets; what is wrong with several of them is said in one message."""
+def _load_targets(
+    spec: TaskSpec, templates: Sequence[str], progress: ProgressCallback | None
+) -> tuple[list[Dataset], list[AdaptKitError]]:
+    """The targets that can be loaded, and what is wrong with the others."""
     from adaptkit.data.sources import load_dataset
 
-    found, errors = [], []
+    found: list[Dataset] = []
+    errors: list[AdaptKitError] = []
     for done, name in enumerate(spec.all_targets):
         if progress is not None:
             progress("loading targets", done, len(spec.all_targets))
@@ -297,11 +303,7 @@ def _load_targets(spec: TaskSpec, templates: Sequence[str], progress: ProgressCa
             found.append(_described(target, spec.descriptions))
         except AdaptKitError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise DataError("\n".join([f"{len(errors)} targets can't be used:", *map(str, errors)]))
-    return found
+    return found, errors
 
 
 def _described(target: Dataset, descriptions: str | None) -> Dataset:
