@@ -42,7 +42,8 @@ def test_compare_ranks_by_the_targets_average(call, photos, dark_photos, tmp_pat
     assert outcome.exit_code == 0, outcome.output
     assert all(word in outcome.stdout for word in ("source", "dark", "average", "drop", "gain"))
     runs = json.loads(call(*words, "--json").stdout)["runs"]
-    assert [len(run["parts"]) for run in runs] == [2] * 5
+    assert {len(run["parts"]) for run in runs} == {2}
+    assert len(runs) >= 5
     assert [part["num_classes"] for part in runs[0]["parts"]] == [4, 3]
     averages = [run["target_average"] for run in runs[1:]]
     assert averages == sorted(averages, reverse=True)
