@@ -11,7 +11,7 @@ import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
-from adaptkit.errors import DataError, StorageError
+from adaptkit.errors import DataError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
@@ -90,7 +90,7 @@ def command(
         runs = [_runs.summary(result) for result in ranked]
         console.print_json({"folder": str(target), "best": best, "transductive": together, "runs": runs})
         return
-    show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
+    show(ranked, _runs.settings_line(ranked[0]))
     console.say(f"Best adapter ({best}) saved: adaptkit predict {target / BEST} IMAGE")
 
 
@@ -121,10 +121,14 @@ def run_all(
     chosen = tuple(dict.fromkeys(names or default_methods(task.dataset)))
     model = load_backbone(options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
-    plans = [
-        plan_run(name, model, task, overrides=share, precision=options.precision)
-        for name, share in zip(chosen, shares, strict=True)
-    ]
+    plans, refused = [], []
+    for name, share in zip(chosen, shares, strict=True):
+        try:
+            plans.append(plan_run(name, model, task, overrides=share, precision=options.precision))
+        except UnsupportedError as error:
+            refused.append(str(error))
+    if refused:
+        raise UnsupportedError("\n".join(refused))
     check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
     store, results = FeatureStore(options.cache), []
     for plan in plans:
@@ -173,11 +177,11 @@ def show(ranked: list[RunResult], title: str) -> None:
         cells = ["–" if zero else str(place), name, *_runs.scores(result), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
     starred = any(part.fallback for result in ranked for part in result.parts)
-    notes = ["* zero-shot: the method has no answer of its own for novel classes"] if starred else []
+    notes = ["* zero-shot: the method has no answer of its own for classes it never saw"] if starred else []
     if any(map(is_transductive, ranked)):
         notes.append("† answers all test images together: not comparable with the others, and not chosen before them")
     note = "\n".join(notes)
-    console.print_table(title, columns, rows, left=["", "method"], note=note)
+    console.print_table(title, columns, rows, left=["", "method"], note=note, wide=True)
     for line in warnings_of(ranked):
         console.say(f"note: {line}")
 
