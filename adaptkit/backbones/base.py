@@ -97,9 +97,15 @@ class Backbone(nn.Module):
         text_tower: The opened text tower, or None.
         logit_scale: exp of the model's logit scale, a float buffer [] (≈ 100 for OpenAI's CLIP).
         logit_bias: Added to the logits (SigLIP), a float buffer [], 0 for CLIP.
+        own_templates: The only templates that it reads; () for the usual backbone, which reads any.
+        unit_texts: Whether its text features have unit length as they are, so that one template's are the zero-shot
+            classifier itself. Stored ones may: normalised again, those rounded to half precision would move by 1e-4,
+            which decides near ties.
     """
 
     spec: BackboneSpec
+    own_templates: tuple[str, ...] = ()
+    unit_texts: bool = False
     image_tower: ImageTower | None = None
     text_tower: TextTower | None = None
     logit_scale: Tensor

@@ -53,12 +53,8 @@ def one_dataset(argument: str | None, option: str | None) -> str:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
-backbone_option = click.option(
-    "--backbone",
-    default="mini",
-    show_default=True,
-    help="mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:….",
-)
+_BACKBONES = "mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:…."
+backbone_option = click.option("--backbone", default="mini", show_default=True, help=_BACKBONES)
 engine_options = apply(
     [
         device_option,
@@ -127,8 +123,8 @@ descriptions_options = apply(
 _task_options = apply(
     [
         click.argument("dataset_argument", metavar="[DATASET]", required=False),
-        click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument)."),
-        backbone_option,
+        click.option("--dataset", help="Name, folder, CSV, split JSON or features:FILE (or as the argument)."),
+        click.option("--backbone", help=f"{_BACKBONES} [default: mini, or what a file of features holds]"),
         protocol_options,
         click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views."),
         data_options,
@@ -143,7 +139,7 @@ class TaskOptions:
     """What `run` and `compare` are told about the task and the machine; the fields are the options' names."""
 
     dataset: str
-    backbone: str
+    backbone: str | None
     protocol: str
     shots: int
     seed: int

@@ -104,6 +104,19 @@ def summary(result: RunResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def settings_line(options: TaskOptions, dataset: str) -> str:
+def settings_line(result: RunResult) -> str:
     """One line that says what was run."""
-    return f"{dataset}, {options.protocol}, {options.shots} shots, seed {options.seed}, backbone {options.backbone}"
+    key = result.key
+    return f"{key.dataset}, {key.protocol}, {key.shots} shots, seed {key.seed}, backbone {key.backbone}"
+
+
+def next_step(result: RunResult, folder: Path) -> str:
+    """What can be done with an adapter."""
+    from adaptkit.backbones.stored import UNIDENTIFIED
+
+    if result.key.backbone_digest.startswith(UNIDENTIFIED):
+        return (
+            "the file of features doesn't identify the model that made them, so the adapter can't answer images: run"
+            " with --backbone to get one that can"
+        )
+    return f"predict with: adaptkit predict {folder} IMAGE"

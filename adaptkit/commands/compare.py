@@ -62,8 +62,8 @@ def command(
     if as_json:
         console.print_json({"folder": str(target), "best": best.key.method, "runs": [_runs.summary(r) for r in ranked]})
         return
-    show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
-    console.say(f"Best adapter ({best.key.method}) saved: adaptkit predict {target / BEST} IMAGE")
+    show(ranked, _runs.settings_line(ranked[0]))
+    console.say(f"Best adapter ({best.key.method}) saved; {_runs.next_step(best, target / BEST)}")
 
 
 def run_all(
@@ -75,15 +75,15 @@ def run_all(
     progress: ProgressCallback,
 ) -> list[RunResult]:
     """Run what isn't done yet; everything is checked before the first method runs."""
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.evaluation.stored import backbone_for
     from adaptkit.methods import methods
 
     task = _runs.load_task(options, progress)
-    model = load_backbone(options.backbone, device=options.device)
+    model = backbone_for(task.dataset, options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
     plans = [
         plan_run(name, model, task, overrides=share, precision=options.precision)

@@ -46,14 +46,14 @@ def command(
         _runs.check_out(target)
     _runs.check_writable(target)
 
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.results import write_run
+    from adaptkit.evaluation.stored import backbone_for
 
     with console.progress_bars(not as_json) as progress:
         task = _runs.load_task(options, progress)
-        model = load_backbone(options.backbone, device=options.device)
+        model = backbone_for(task.dataset, options.backbone, device=options.device)
         plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
         store = FeatureStore(options.cache)
         outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
@@ -69,7 +69,7 @@ def command(
         console.count(result.trained_parameters),
         f"{sum(result.seconds.values()):.1f}",
     ]
-    console.print_table(_runs.settings_line(options, task.dataset.name), columns, [row], left=["method"])
+    console.print_table(_runs.settings_line(result), columns, [row], left=["method"])
     for warning in result.warnings:
         console.say(f"note: {warning}")
-    console.say(f"Written to {target}; predict with: adaptkit predict {target} IMAGE")
+    console.say(f"Written to {target}; {_runs.next_step(result, target)}")

@@ -4,6 +4,7 @@
     folder of class folders  with train/, val/ (or valid/, validation/) and test/ around them, or split here
     file.csv                 columns path and label (or class_name), and split where there is one
     file.json                shaped like CoOp's split_zhou_*.json
+    features:FILE            stored features in the place of images, see adaptkit.data.feature_files
     eurosat, dtd, …          CoOp's split file and folder layout under a data root
 
 An own split gives every class `round(0.5 n)` training and `round(0.2 n)` validation images (Python's round) and the
@@ -199,6 +200,11 @@ def load_dataset(
     text = os.fspath(name)
     root = data_root or os.environ.get(DATA_ROOT_VARIABLE) or None
     root = Path(root).expanduser() if root is not None else None
+    if text.startswith("features:"):
+        from adaptkit.data.feature_files import open_features  # loads torch
+
+        opened = open_features(text, shots)
+        return opened.dataset(_display_names(opened.file.class_names, display_names, opened.file.name), templates)
     if isinstance(name, str) and is_embedded(name):
         return _embedded(name, seed, templates, display_names)
     if isinstance(name, str) and name in COOP_DATASETS:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.config import to_mapping
 from adaptkit.data.base_to_novel import split_base_novel
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
@@ -37,6 +38,7 @@ from adaptkit.evaluation.results import (
     environment,
     peak_memory_bytes,
 )
+from adaptkit.evaluation.stored import check_stored
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method
@@ -156,8 +158,14 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
     return recipe
 
 
-def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
-    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's."""
+def templates_of(task: Task, recipe: Recipe | None, backbone: Backbone) -> tuple[str, ...]:
+    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's.
+
+    A backbone that reads only templates of its own gets these, or those of the dataset's among them.
+    """
+    if backbone.own_templates:
+        held = set(task.dataset.templates) <= set(backbone.own_templates)
+        return task.dataset.templates if held else backbone.own_templates
     return recipe.templates if recipe is not None and recipe.template_use == "recipe" else task.dataset.templates
 
 
@@ -224,12 +232,16 @@ def plan_run(
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    templates = templates_of(task, chosen, backbone)
+    check_stored(kind, backbone, task.dataset, templates, resolved.training)
     settings = {
         "method": to_mapping(resolved.config),
         "training": to_mapping(resolved.training) if kind.default_training is not None else {},
-        "templates": list(templates_of(task, chosen)),
+        "templates": list(templates),
         "precision": precision,
     }
+    if isinstance(backbone, StoredBackbone):
+        settings["text_features"] = backbone.digest_of_texts
     if kind.reads_descriptions != "never":
         settings["descriptions"] = digest_json({k: list(v) for k, v in task.dataset.descriptions.items()})
     key = RunKey(
@@ -305,7 +317,7 @@ class _Run:
         method = methods.get(self.plan.method)(
             self.backbone,
             task.class_names,
-            templates=templates_of(task, self.plan.recipe),
+            templates=templates_of(task, self.plan.recipe, self.backbone),
             config=resolved.config,
             seed=task.seed,
             descriptions=task.dataset.descriptions,

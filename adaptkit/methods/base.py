@@ -42,6 +42,8 @@ def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Seque
     Source: datasets sheet, section 6 (arXiv 2103.00020).
     """
     prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
+    if backbone.unit_texts and len(templates) == 1:
+        return backbone.text_features(prompts)
     features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
     return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
 
@@ -73,6 +75,8 @@ class Method(nn.Module):
         scores_by_class_list: Whether a class's logits depend on which other classes are asked for (APE chooses its
             channels for a list of classes); usually a subset's logits are those of all, picked out.
         tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
+        writes_texts: Whether it needs a text encoder for texts of its own, or trains through one: stored features of
+            prompts and sentences don't serve it.
     """
 
     name: ClassVar[str]
@@ -85,6 +89,7 @@ class Method(nn.Module):
     transductive: ClassVar[bool] = False
     scores_by_class_list: ClassVar[bool] = False
     tunes_towers: ClassVar[bool] = False
+    writes_texts: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
