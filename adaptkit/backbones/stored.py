@@ -25,7 +25,8 @@ class StoredBackbone(Backbone):
         features: Unnormalised text features [rows, dim].
         templates: The templates whose prompts are among the texts.
         digest_of_texts: Changes when a text or its feature does.
-        unit_texts: Whether the templates' features have unit length, as far as the file's precision goes.
+        texts_length: The length of the templates' features where all have the same, as far as the file's precision
+            goes; else None.
     """
 
     features: Tensor
@@ -40,13 +41,13 @@ class StoredBackbone(Backbone):
         templates: Sequence[str],
         digest_of_texts: str,
         *,
-        unit_texts: bool = False,
+        texts_length: float | None = None,
     ) -> None:
         super().__init__(spec, logit_scale, logit_bias)
         self.register_buffer("features", features.float(), persistent=False)
         self.own_templates = tuple(templates)
         self.digest_of_texts = digest_of_texts
-        self.unit_texts = unit_texts
+        self.texts_length = texts_length
         self._row_of = dict(texts)
         self.freeze()
 

@@ -138,4 +138,6 @@ def _metadata(dataset: Dataset, backbone: Backbone, sentences: Sequence[str]) ->
         facts["templates"] = list(dataset.templates)
     if sentences:
         facts["descriptions"] = list(sentences)
+    if dataset.notes:
+        facts["notes"] = list(dataset.notes)
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}

@@ -21,16 +21,20 @@ and texts in its metadata:
     backbone_family      as adaptkit calls it ("mini" picks the recipes made for the embedded model)
     logit_scale          exp of its logit scale; CLIP's 100 where it is missing
     logit_bias           added to logits; 0 where it is missing
+    image_length         for features scaled to unit length: how long the model's own are on average. The settings of
+    text_length          some methods depend on it (linear-probe's C; learning rates of taskres, zs-lp and clap)
     templates            JSON list, one per template of text_features
     descriptions         JSON list, the sentence of each row of description_features
     preprocessing        JSON object of its test transform
     dataset              what the data is called; the file's name where it is missing
+    notes                JSON list of what a reader of results must know
 
-Features needn't have unit length. A ready draw is taken where exactly its number of shots is asked for; otherwise shots
-are drawn from `train`, or from the smallest ready draw that is large enough.
+Features needn't have unit length; the model's own are best. A ready draw is taken where exactly its number of shots is
+asked for; otherwise shots are drawn from `train`, or from the smallest ready draw that is large enough.
 
 No image has two uses. Where a split is missing, the validation images can take its place, and then they validate
-nothing: `features:FILE@test=val` tests on them, `features:FILE@train=val` draws shots from them.
+nothing: `features:FILE@test=val` tests on them, `features:FILE@train=val` draws shots from them. Lengths that the file
+doesn't state can be given in the same place: `features:FILE@test=val,image_length=10,text_length=8`.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,8 +76,8 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 _INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 _TRAIN = re.compile(r"^train([1-9]\d{0,5})?$")
 _METADATA = (
-    "class_names", "backbone", "backbone_digest", "backbone_family", "logit_scale", "logit_bias", "templates",
-    "descriptions", "preprocessing", "dataset", "layout",
+    "class_names", "backbone", "backbone_digest", "backbone_family", "logit_scale", "logit_bias", "image_length",
+    "text_length", "templates", "descriptions", "preprocessing", "dataset", "notes", "layout",
 )  # fmt: skip
 
 
@@ -112,6 +116,7 @@ class FeatureFile:
         sentences: [rows, dim], or None.
         sentence_labels: Class of each sentence, int64 [rows].
         sentence_texts: The sentences, or () where the file doesn't say.
+        lengths: "image" and "text": what the features, which have unit length in the file, are multiplied by.
         notes: What a reader of results must know.
     """
 
@@ -130,6 +135,7 @@ class FeatureFile:
     sentences: Tensor | None
     sentence_labels: Tensor
     sentence_texts: tuple[str, ...]
+    lengths: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
     @property
@@ -164,12 +170,12 @@ class FeatureFile:
         rows: list[Tensor] = []
         place: dict[str, int] = {}
         if self.texts is not None:
-            rows.append(self.texts.float().flatten(0, 1))  # class by class, template by template
+            rows.append(self.texts.float().flatten(0, 1) * self.lengths["text"])  # class by class, template by template
             prompts = [render(template, name) for name in shown for template in self.templates]
             place.update((prompt, row) for row, prompt in enumerate(prompts))
         if self.sentences is not None:
             start, said = sum(map(len, rows)), self.descriptions(shown)
-            rows.append(self.sentences.float())
+            rows.append(self.sentences.float() * self.lengths["text"])
             taken = {name: iter(sentences) for name, sentences in said.items()}
             for row, label in enumerate(self.sentence_labels.tolist()):
                 place.setdefault(next(taken[shown[label]]), start + row)
@@ -193,7 +199,7 @@ class FeatureFile:
             features,
             self.templates,
             of_texts,
-            unit_texts=self.texts is not None and _are_unit(self.texts),
+            texts_length=self.lengths["text"] if self.texts is not None and _are_unit(self.texts) else None,
         )
 
 
@@ -229,10 +235,10 @@ class StoredSource(ImageSource):
 
     def select(self, positions: np.ndarray, views: int) -> Tensor:
         """Unnormalised fp32 features [1 + views, k, dim] of images, at most as many views as there are."""
-        rows = torch.from_numpy(positions)
-        parts = [self.stored.features[rows][None].float()]
+        rows, length = torch.from_numpy(positions), self.file.lengths["image"]
+        parts = [self.stored.features[rows][None].float() * length]
         if views and self.stored.views is not None:
-            parts.append(self.stored.views[:views, rows].float())
+            parts.append(self.stored.views[:views, rows].float() * length)
         return torch.cat(parts)
 
     def open(self, position: int) -> Image.Image:
@@ -320,8 +326,8 @@ def open_features(text: str, shots: int | None = None) -> OpenedFeatures:
         StorageError: It is no safetensors file, or is damaged.
         DataError: It hasn't the layout described above, all that is wrong in one message; or a split is missing.
     """
-    path, uses = _parse(text)
-    file = read_feature_file(path)
+    path, uses, lengths = _parse(text)
+    file = with_lengths(read_feature_file(path), lengths)
     missing = [use for use in ("train", "test") if not _candidates(file, use, uses)]
     if missing:
         use, held = missing[0], ", ".join(file.splits)
@@ -340,26 +346,59 @@ def open_features(text: str, shots: int | None = None) -> OpenedFeatures:
 
 
 _PURPOSE = {"test": "test on", "train": "draw shots from"}
+LENGTHS = {"image_length": "image", "text_length": "text"}
 
 
-def _parse(text: str) -> tuple[Path, dict[str, str]]:
-    """The file, and the uses written behind it: {"test": "val"}, {"train": "val"} or nothing."""
+def _parse(text: str) -> tuple[Path, dict[str, str], dict[str, float]]:
+    """The file, the uses written behind it ({"test": "val"}, {"train": "val"} or nothing), and the lengths."""
     rest = text.removeprefix(SCHEME)
-    path, at, choice = rest.rpartition("@")
-    if not at or "=" not in choice or "/" in choice:
-        path, choice = rest, ""
+    path, at, choices = rest.rpartition("@")
+    if not at or "=" not in choices or "/" in choices:
+        path, choices = rest, ""
     uses: dict[str, str] = {}
-    if choice:
-        use, _, split = choice.partition("=")
-        if use not in _PURPOSE or split != "val":
+    lengths: dict[str, float] = {}
+    for choice in filter(None, choices.split(",")):
+        key, _, value = choice.partition("=")
+        if key in _PURPOSE and value == "val" and not uses:
+            uses[key] = value
+        elif key in LENGTHS and _positive(value) and LENGTHS[key] not in lengths:
+            lengths[LENGTHS[key]] = float(value)
+        else:
             raise DataError(
-                f"{text!r} ends in @{choice}; @test=val (test on the val images) and @train=val (draw shots from them)"
-                " are accepted, one of them."
+                f"{choice!r} in {text!r} can't be used; one of test=val (test on the val images) and train=val (draw"
+                f" shots from them) is accepted, and {' and '.join(LENGTHS)} with a number above 0."
             )
-        uses[use] = split
     if not path:
         raise DataError(f"{text!r} names no file: write {SCHEME}FILE.safetensors.")
-    return Path(path).expanduser(), uses
+    return Path(path).expanduser(), uses, lengths
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def with_lengths(file: FeatureFile, lengths: Mapping[str, float]) -> FeatureFile:
+    """The file with other lengths for its features.
+
+    Args:
+        file: Whose features have unit length.
+        lengths: By "image" and "text".
+
+    Raises:
+        DataError: Its features have lengths of their own.
+    """
+    for what in lengths:
+        stored = [file.texts] if what == "text" else [split.features for split in file.splits.values()]
+        if not all(_are_unit(features) for features in stored if features is not None):
+            raise DataError(
+                f"{file.path} has {what} features with lengths of their own: {what}_length is for features that were"
+                " scaled to 1; leave it out."
+            )
+    said = [f"{what} features are taken to be {length:g} long" for what, length in lengths.items()]
+    return replace(file, lengths={**file.lengths, **lengths}, notes=(*file.notes, *said))
 
 
 def _candidates(file: FeatureFile, use: str, uses: dict[str, str]) -> list[str]:
@@ -424,8 +463,10 @@ class _Reader:
         scale, bias = self._number("logit_scale", CLIP_SCALE, least=0), self._number("logit_bias", 0.0)
         preprocessing = self._preprocessing()
         templates, sentences = self._templates(), self._list("descriptions", self._rows("description_features"))
+        self.notes[:0] = self._list("notes")
+        lengths = {LENGTHS[key]: self._number(key, 1.0, least=0) for key in LENGTHS if key in self.metadata}
         self._stop()
-        return FeatureFile(
+        found = FeatureFile(
             self.path,
             self._text("dataset") or self.path.stem,
             self.class_names,
@@ -441,8 +482,10 @@ class _Reader:
             self.tensors.get("description_features"),
             self.tensors.get("description_labels", torch.empty(0)).long(),
             sentences,
+            {"image": 1.0, "text": 1.0},
             tuple(self.notes),
         )
+        return with_lengths(found, lengths)
 
     def _stop(self) -> None:
         """Raise what was collected.
@@ -608,15 +651,15 @@ class _Reader:
             self.problems.append(f"its metadata has {key} that aren't JSON")
             return usual
 
-    def _list(self, key: str, count: int) -> tuple[str, ...]:
-        """A JSON list of `count` texts, or () where there is none."""
+    def _list(self, key: str, count: int | None = None) -> tuple[str, ...]:
+        """A JSON list of (`count`) texts, or () where there is none."""
         found = self._json(key, None)
         if found is None:
             return ()
         if not isinstance(found, list) or not all(isinstance(text, str) and text.strip() for text in found):
             self.problems.append(f"its metadata has {key} that aren't a list of texts")
             return ()
-        if len(found) != count:
+        if count is not None and len(found) != count:
             self.problems.append(f"its metadata has {len(found)} {key}, and {count} are expected")
             return ()
         return tuple(found)

@@ -99,10 +99,20 @@ def check_stored(
             f"{file.path} holds text features for {', '.join(map(repr, file.templates[:3]))}, and other templates were"
             " asked for: leave --template out, or give the model that made them with --backbone."
         )
+    _check_descriptions(kind, backbone, dataset, file)
+
+
+def _check_descriptions(kind: type[Method], backbone: StoredBackbone, dataset: Dataset, file: FeatureFile) -> None:
+    """Refuse descriptions that are needed and missing, or that the file has no features of."""
+    if kind.reads_descriptions == "needed" and not dataset.descriptions:
+        raise DataError(
+            f"{kind.name} reads descriptions of the classes, and {file.path} holds none: add description_features and"
+            " description_labels, or choose a method that reads names alone."
+        )
     said = [text for texts in dataset.descriptions.values() for text in texts]
     unknown = [text for text in said if not backbone.knows(text)] if kind.reads_descriptions != "never" else []
     if unknown:
         raise DataError(
-            f"{file.path} holds no feature of the description {unknown[0]!r} ({len(unknown)} such): leave --descriptions"
+            f"{file.path} has no feature of the description {unknown[0]!r} ({len(unknown)} such): leave --descriptions"
             " out, or give the model that made the features with --backbone."
         )

@@ -42,8 +42,8 @@ def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Seque
     Source: datasets sheet, section 6 (arXiv 2103.00020).
     """
     prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
-    if backbone.unit_texts and len(templates) == 1:
-        return backbone.text_features(prompts)
+    if backbone.texts_length is not None and len(templates) == 1:
+        return backbone.text_features(prompts) / backbone.texts_length
     features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
     return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
 
