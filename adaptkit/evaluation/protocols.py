@@ -233,7 +233,7 @@ def plan_run(
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
     templates = templates_of(task, chosen, backbone)
-    check_stored(kind, backbone, task.dataset, templates, resolved.training)
+    check_stored(kind, backbone, task.dataset, templates, resolved)
     settings = {
         "method": to_mapping(resolved.config),
         "training": to_mapping(resolved.training) if kind.default_training is not None else {},

@@ -10,8 +10,8 @@ from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.data.feature_files import FeatureFile, StoredSource
 from adaptkit.data.splits import Dataset
 from adaptkit.errors import BackboneError, DataError, UnsupportedError
+from adaptkit.evaluation.recipes import Resolved
 from adaptkit.methods.base import Method
-from adaptkit.types import TrainingSettings
 
 DEFAULT_BACKBONE = "mini"
 
@@ -58,7 +58,7 @@ def check_stored(
     backbone: Backbone,
     dataset: Dataset,
     templates: tuple[str, ...],
-    training: TrainingSettings,
+    resolved: Resolved,
 ) -> None:
     """Refuse, before any work, what can't run on stored features; nothing happens for datasets with images.
 
@@ -67,7 +67,7 @@ def check_stored(
         backbone: From `backbone_for`.
         dataset: What it shall run on.
         templates: The run's.
-        training: The run's.
+        resolved: The run's settings.
 
     Raises:
         UnsupportedError: The method reads images, draws new views, or needs a text encoder that isn't there.
@@ -81,7 +81,7 @@ def check_stored(
             f"{kind.name} trains on images, and {file.path} holds features only: choose a method that works on features"
             " ('adaptkit list methods' says which)."
         )
-    if training.fresh_views and kind.default_training is not None:
+    if resolved.training.fresh_views and kind.default_training is not None:
         raise UnsupportedError(
             f"fresh_views draws new looks at images, and {file.path} holds features only: leave it off."
         )
@@ -100,6 +100,8 @@ def check_stored(
             " asked for: leave --template out, or give the model that made them with --backbone."
         )
     _check_descriptions(kind, backbone, dataset, file)
+    if kind.reads_descriptions == "needed":
+        _check_sentences(kind, backbone, dataset, templates, resolved, file)
 
 
 def _check_descriptions(kind: type[Method], backbone: StoredBackbone, dataset: Dataset, file: FeatureFile) -> None:
@@ -116,3 +118,30 @@ def _check_descriptions(kind: type[Method], backbone: StoredBackbone, dataset: D
             f"{file.path} has no feature of the description {unknown[0]!r} ({len(unknown)} such): leave --descriptions"
             " out, or give the model that made the features with --backbone."
         )
+
+
+def _check_sentences(
+    kind: type[Method],
+    backbone: StoredBackbone,
+    dataset: Dataset,
+    templates: tuple[str, ...],
+    resolved: Resolved,
+    file: FeatureFile,
+) -> None:
+    """Refuse methods that make other sentences of the descriptions; looking up what they ask for costs nothing."""
+    try:
+        method = kind(
+            backbone,
+            dataset.class_names,
+            templates=templates,
+            config=resolved.config,
+            descriptions=dataset.descriptions,
+        )
+        with torch.no_grad():
+            method(torch.ones(1, file.dim, device=backbone.device))
+    except BackboneError as error:
+        raise UnsupportedError(
+            f"With these settings {kind.name} makes sentences of its own out of the descriptions, and {file.path} has"
+            " features of the descriptions as they stand: set method.compat=false where there is such a setting, or"
+            " give the model that made the features with --backbone."
+        ) from error

@@ -29,8 +29,8 @@ from benchmarks.own_features.tuning import TUNED, chosen_overrides
 
 FOLDER = Path(__file__).parent
 LENGTHS = "image_length=10,text_length=8"
-"""The published features were scaled to length 1, and some recipes are made for the model's own. Chosen among 1, 4, 8 and
-16 on held-out training images of Cars; see the README."""
+"""The published features were scaled to length 1, and some recipes are made for the model's own. Chosen among 1, 4, 8
+and 16 on held-out training images of Cars; see the README."""
 FILES = {
     "stanford_cars": f"stanford_cars.safetensors@test=val,{LENGTHS}",
     "dtd": f"dtd.safetensors@train=val,{LENGTHS}",
