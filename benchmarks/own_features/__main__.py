@@ -20,8 +20,9 @@ from adaptkit.commands._options import NameList
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.errors import AdaptKitError, ConfigError, DataError
-from adaptkit.evaluation.protocols import Task, make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.stored import backbone_for
+from adaptkit.evaluation.tasks import Task, make_task
 from adaptkit.methods import methods
 from adaptkit.storage import atomic_path, digest_json, write_json
 from benchmarks.own_features.table import Scores, markdown

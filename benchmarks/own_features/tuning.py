@@ -14,7 +14,8 @@ from adaptkit.backbones.base import Backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.few_shot import group_by_label
 from adaptkit.data.splits import ValSplit
-from adaptkit.evaluation.protocols import Task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
+from adaptkit.evaluation.tasks import Task
 
 CHOSEN = ("alpha", "beta", "gamma", "c", "chosen_epoch")
 """What a method's report calls a setting that it chose."""

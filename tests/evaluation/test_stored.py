@@ -13,8 +13,9 @@ from adaptkit.data.feature_files import StoredSource
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.errors import AdapterError, BackboneError, DataError, UnsupportedError
-from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.stored import backbone_for
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import load_adapter, save_adapter
 from adaptkit.methods.base import GradientMethod
