@@ -14,6 +14,7 @@ from adaptkit.backbones.base import Backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.few_shot import group_by_label
 from adaptkit.data.splits import ValSplit
+from adaptkit.errors import DataError
 from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.tasks import Task
 
@@ -56,7 +57,10 @@ def chosen_overrides(method: str, backbone: Backbone, task: Task, store: Feature
     # the test parts aren't needed for a choice: one image keeps the run short
     few = replace(smaller.parts[0], split=smaller.parts[0].split.subset([0]), positions=smaller.parts[0].positions[:1])
     smaller = replace(smaller, parts=(few,))
-    fit = run_method(plan_run(method, backbone, smaller), backbone, store=store).result.fit
+    try:
+        fit = run_method(plan_run(method, backbone, smaller), backbone, store=store).result.fit
+    except DataError:  # too few shots are left for the method (gda needs two)
+        return {}
     if not fit.get("searched"):
         return {}
     names = {"chosen_epoch": "epochs"}
