@@ -12,7 +12,7 @@ from adaptkit.commands import _options, _runs
 from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
-    from adaptkit.data.feature_files import FeatureFile
+    from adaptkit.data.feature_reader import FeatureFile
     from adaptkit.data.features import Precision
 
 
@@ -132,7 +132,7 @@ def show(file: Path, as_json: bool) -> None:
     Example:
       adaptkit features show digits.safetensors
     """
-    from adaptkit.data.feature_files import read_feature_file
+    from adaptkit.data.feature_reader import read_feature_file
 
     found = read_feature_file(file)
     facts = _facts(found)

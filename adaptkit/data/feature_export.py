@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
-from adaptkit.data.feature_files import LAYOUT_VERSION
+from adaptkit.data.feature_reader import LAYOUT_VERSION
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings
 from adaptkit.data.few_shot import sample_few_shot
 from adaptkit.data.splits import Dataset, Split

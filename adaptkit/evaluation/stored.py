@@ -7,7 +7,8 @@ import torch
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
 from adaptkit.backbones.stored import StoredBackbone
-from adaptkit.data.feature_files import FeatureFile, StoredSource
+from adaptkit.data.feature_files import StoredSource
+from adaptkit.data.feature_reader import FeatureFile
 from adaptkit.data.splits import Dataset
 from adaptkit.errors import BackboneError, DataError, UnsupportedError
 from adaptkit.evaluation.recipes import Resolved

@@ -12,7 +12,8 @@ import torch
 
 from adaptkit.data.checks import check_dataset, drop_unreadable
 from adaptkit.data.feature_export import export_features
-from adaptkit.data.feature_files import StoredSource, open_features, read_feature_file
+from adaptkit.data.feature_files import StoredSource, open_features
+from adaptkit.data.feature_reader import read_feature_file
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.errors import BackboneError, ConfigError, DataError, MissingPathError, StorageError
