@@ -24,6 +24,9 @@ CHOSEN = ("alpha", "beta", "gamma", "c", "chosen_epoch")
 TUNED = ("linear-probe", "tip-adapter", "tip-adapter-f", "ape", "ape-t", "gda", "lp-plus-plus", "transclip")
 """Methods whose recipes choose settings on validation images, at a cost of the fit's own size."""
 
+AFTER_TRAINING = ("tip-adapter-f", "ape-t")
+"""Those of them that train with the starting values and choose afterwards: chosen values are put in after the fit."""
+
 
 def held_out_task(task: Task) -> Task | None:
     """The task with a quarter of each class's shots (at least one) as validation images; None where there is one shot.
@@ -43,7 +46,7 @@ def held_out_task(task: Task) -> Task | None:
 
 
 def chosen_overrides(method: str, backbone: Backbone, task: Task, store: FeatureStore) -> dict[str, float]:
-    """Settings for --set, chosen on held-out shots; {} where the recipe's stay.
+    """Settings by name, chosen on held-out shots; {} where the recipe's stay.
 
     Args:
         method: Registered name.
