@@ -54,12 +54,8 @@ def one_dataset(argument: str | None, option: str | None) -> str:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
-backbone_option = click.option(
-    "--backbone",
-    default="mini",
-    show_default=True,
-    help="mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:….",
-)
+_BACKBONES = "mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:…."
+backbone_option = click.option("--backbone", default="mini", show_default=True, help=_BACKBONES)
 engine_options = apply(
     [
         device_option,
@@ -178,8 +174,8 @@ descriptions_options = apply(
 _task_options = apply(
     [
         click.argument("dataset_argument", metavar="[DATASET]", required=False),
-        click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument)."),
-        backbone_option,
+        click.option("--dataset", help="Name, folder, CSV, split JSON or features:FILE (or as the argument)."),
+        click.option("--backbone", help=f"{_BACKBONES} [default: mini, or what a file of features holds]"),
         protocol_options,
         click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views."),
         data_options,
@@ -195,7 +191,7 @@ class TaskOptions:
 
     Args:
         task: What to run on.
-        backbone: What to adapt.
+        backbone: What to adapt; None for `mini`, or what a file of features holds.
         device: Where.
         batch_size: Images encoded at once.
         precision: Of the frozen image encoder.
@@ -203,7 +199,7 @@ class TaskOptions:
     """
 
     task: TaskSpec
-    backbone: str
+    backbone: str | None
     device: str
     batch_size: int
     precision: Precision

@@ -88,3 +88,15 @@ def settings_line(result: RunResult) -> str:
     key = result.key
     words = (key.dataset, key.protocol, f"{key.shots} shots", f"seed {key.seed}", f"backbone {key.backbone}")
     return "; ".join([", ".join(words), *key.marks])
+
+
+def next_step(result: RunResult, folder: Path) -> str:
+    """What can be done with an adapter."""
+    from adaptkit.backbones.stored import UNIDENTIFIED
+
+    if result.key.backbone_digest.startswith(UNIDENTIFIED):
+        return (
+            "the file of features doesn't identify the model that made them, so the adapter can't answer images: run"
+            " with --backbone to get one that can"
+        )
+    return f"predict with: adaptkit predict {folder} IMAGE"

@@ -83,7 +83,8 @@ def command(
     with console.progress_bars(not as_json) as progress:
         results = run_all(options, names, overrides, target, overwrite, progress)
     ranked = rank(results)
-    best = best_of(ranked).key.method
+    best_run = best_of(ranked)
+    best = best_run.key.method
     point_at_best(target, best)
     if as_json:
         together = [result.key.method for result in ranked if is_transductive(result)]
@@ -91,7 +92,7 @@ def command(
         console.print_json({"folder": str(target), "best": best, "transductive": together, "runs": runs})
         return
     show(ranked, _runs.settings_line(ranked[0]))
-    console.say(f"Best adapter ({best}) saved: adaptkit predict {target / BEST} IMAGE")
+    console.say(f"Best adapter ({best}) saved; {_runs.next_step(best_run, target / BEST)}")
 
 
 def default_methods(data: Dataset) -> tuple[str, ...]:
@@ -109,17 +110,17 @@ def run_all(
     progress: ProgressCallback,
 ) -> list[RunResult]:
     """Run what isn't done yet; everything is checked before the first method runs."""
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.evaluation.stored import backbone_for
     from adaptkit.evaluation.tasks import load_task
     from adaptkit.methods import methods
 
     task = load_task(options.task, progress)
     chosen = tuple(dict.fromkeys(names or default_methods(task.dataset)))
-    model = load_backbone(options.backbone, device=options.device)
+    model = backbone_for(task.dataset, options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
     plans, refused = [], []
     for name, share in zip(chosen, shares, strict=True):

@@ -94,7 +94,8 @@ def _all_datasets(as_json: bool) -> None:
         return console.print_json(embedded + [dict(zip(columns, row, strict=True)) for row in known])
     _print("Embedded datasets", ["name", "what"], [list(pair) for pair in SUMMARIES.items()], False)
     rows = [
-        [str(row[0]), str(row[1]), *(console.count(int(size)) if size else "" for size in row[2:])] for row in known
+        [each.name, each.group, *(console.count(size) if size else "" for size in (each.classes, *each.sizes))]
+        for each in CATALOGUE.values()
     ]
     return console.print_table("Known datasets, images per split", columns, rows, left=["name", "group"],
                                note="adaptkit list datasets NAME: all about one. adaptkit data prepare NAME: get it."

@@ -20,6 +20,7 @@ _VERBS = {
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",
     "data": "what is there, what is missing, what to do",
+    "features": "files of features: write one, look at one",
     "describe": "let a language model describe classes",
     "doctor": "versions, device, caches, data roots",
 }

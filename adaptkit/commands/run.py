@@ -47,15 +47,15 @@ def command(
         _runs.check_out(target)
     _runs.check_writable(target)
 
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.results import write_run
+    from adaptkit.evaluation.stored import backbone_for
     from adaptkit.evaluation.tasks import load_task
 
     with console.progress_bars(not as_json) as progress:
         task = load_task(options.task, progress)
-        model = load_backbone(options.backbone, device=options.device)
+        model = backbone_for(task.dataset, options.backbone, device=options.device)
         plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
         store = FeatureStore(options.cache)
         outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
@@ -79,4 +79,4 @@ def command(
         console.print_table(title, columns, [row], left=["method"])
     for warning in result.warnings:
         console.say(f"note: {warning}")
-    console.say(f"Written to {target}; predict with: adaptkit predict {target} IMAGE")
+    console.say(f"Written to {target}; {_runs.next_step(result, target)}")

@@ -162,6 +162,8 @@ def drop_unreadable(split: S, *, progress: ProgressCallback | None = None) -> tu
 
 def _unreadable(split: Split, index: int, decode: bool) -> Exception | None:
     """Why an image can't be read, or None."""
+    if not split.source.pictures:
+        return None  # features, checked when their file was read
     try:
         if decode:
             split.image(index)

@@ -4,6 +4,7 @@
     folder of class folders  with train/, val/ (or valid/, validation/) and test/ around them, or split here
     file.csv                 columns path and label (or class_name), and split where there is one
     file.json                shaped like CoOp's split_zhou_*.json, or a few-shot list of ours
+    features:FILE            stored features in the place of images, see adaptkit.data.feature_files
     eurosat, cub200, …       under a data root, in any layout that adaptkit.data.catalogue lists
 
 Folders and CSVs without splits get one of ours, see adaptkit.data.own_split; known datasets only on request. It is
@@ -116,6 +117,11 @@ def load_dataset(
     text = os.fspath(name)
     root = data_root or os.environ.get(DATA_ROOT_VARIABLE) or None
     root = Path(root).expanduser() if root is not None else None
+    if text.startswith("features:"):
+        from adaptkit.data.feature_files import open_features  # loads torch
+
+        opened = open_features(text, shots)
+        return opened.dataset(_display_names(opened.file.class_names, display_names, opened.file.name), templates)
     if isinstance(name, str) and is_embedded(name):
         return _embedded(name, seed, templates, display_names)
     if isinstance(name, str) and name in CATALOGUE:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
 from adaptkit.data.splits import Split, TestSplit
@@ -28,6 +29,7 @@ from adaptkit.evaluation.results import (
     environment,
     peak_memory_bytes,
 )
+from adaptkit.evaluation.stored import check_stored
 from adaptkit.evaluation.tasks import Task, TestPart
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
@@ -67,8 +69,14 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
     return recipe
 
 
-def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
-    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's."""
+def templates_of(task: Task, recipe: Recipe | None, backbone: Backbone) -> tuple[str, ...]:
+    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's.
+
+    A backbone that reads only templates of its own gets these, or those of the dataset's among them.
+    """
+    if backbone.own_templates:
+        held = set(task.dataset.templates) <= set(backbone.own_templates)
+        return task.dataset.templates if held else backbone.own_templates
     return recipe.templates if recipe is not None and recipe.template_use == "recipe" else task.dataset.templates
 
 
@@ -158,12 +166,16 @@ def plan_run(
         check_novel(kind, task.class_names, part.asked, part.other is not None)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
     _check_searches(resolved, task)
+    templates = templates_of(task, chosen, backbone)
+    check_stored(kind, backbone, task.dataset, templates, resolved)
     settings = {
         "method": _key_values(resolved.config),
         "training": _key_values(resolved.training) if kind.default_training is not None else {},
-        "templates": list(templates_of(task, chosen)),
+        "templates": list(templates),
         "precision": precision,
     }
+    if isinstance(backbone, StoredBackbone):
+        settings["text_features"] = backbone.digest_of_texts
     if kind.reads_descriptions != "never":
         settings["descriptions"] = _descriptions_digest(task.dataset.descriptions)
     settings |= {**task.settings, **_target_settings(kind, task)}
@@ -287,7 +299,7 @@ class _Run:
         method = methods.get(self.plan.method)(
             self.backbone,
             task.class_names,
-            templates=templates_of(task, self.plan.recipe),
+            templates=templates_of(task, self.plan.recipe, self.backbone),
             config=resolved.config,
             seed=task.seed,
             descriptions=task.dataset.descriptions,

@@ -67,7 +67,7 @@ class TaskSpec:
     """Everything said about a task, as plain values: `load_task` makes the task.
 
     Args:
-        dataset: A known name, a folder of class folders, a CSV or a split JSON.
+        dataset: A known name, a folder of class folders, a CSV, a split JSON or features:FILE.
         protocol: One of `PROTOCOLS`.
         shots: Images per class.
         seed: Seeds the draw of the shots and the training.

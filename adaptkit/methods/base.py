@@ -43,6 +43,8 @@ def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Seque
     Source: datasets sheet, section 6 (arXiv 2103.00020).
     """
     prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
+    if backbone.texts_length is not None and len(templates) == 1:
+        return backbone.text_features(prompts) / backbone.texts_length
     features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
     return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
 
@@ -80,6 +82,8 @@ class Method(nn.Module):
         settable: Settings that another dataset may have values of its own for (see `OtherDataset`).
         other: What is known of the other dataset that the current classes and the images belong to; None for the one it
             was fitted on.
+        writes_texts: Whether it needs a text encoder for texts of its own, or trains through one: stored features of
+            prompts and sentences don't serve it.
     """
 
     name: ClassVar[str]
@@ -96,6 +100,7 @@ class Method(nn.Module):
     fixed_templates: ClassVar[bool] = False
     settable: ClassVar[tuple[str, ...]] = ()
     other: OtherDataset | None = None
+    writes_texts: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(

@@ -137,6 +137,7 @@ class GIST(GradientMethod):
     config: GISTConfig
     novel_classes = "zero-shot"
     reads_descriptions = "needed"
+    writes_texts = True
     default_training = TrainingSettings(
         epochs=200,
         batch_size=20,

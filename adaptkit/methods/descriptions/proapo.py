@@ -183,6 +183,7 @@ class ProAPO(ClassWeightMethod):
     config_class = ProAPOConfig
     config: ProAPOConfig
     reads_descriptions = "optional"
+    writes_texts = True
     template_choice: Tensor
     sentence_choice: Tensor
 

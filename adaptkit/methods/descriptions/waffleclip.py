@@ -132,6 +132,7 @@ class WaffleCLIP(DescribedMethod, ClassWeightMethod):
     config_class = WaffleCLIPConfig
     config: WaffleCLIPConfig
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "optional"
+    writes_texts: ClassVar[bool] = True
     repetition: Tensor
     _rows: tuple[Any, Tensor] | None = None
 
