@@ -28,6 +28,7 @@ import numpy as np
 
 from adaptkit.config import check_templates
 from adaptkit.data.images import IMAGE_SUFFIXES
+from adaptkit.data.kept import keeping
 from adaptkit.data.lists import (
     SPLIT_NAMES,
     Item,
@@ -159,6 +160,7 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted((*EMBEDDED, *COOP_DATASETS)))
 
 
+@keeping(known_names)
 def load_dataset(
     name: str | Path,
     *,
