@@ -384,8 +384,8 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    """Types by field; kept, since evaluating the annotations takes longer than reading a result otherwise."""
+def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
+    """Types by field of a class; kept, since evaluating annotations takes longer than reading a result otherwise."""
     return typing.get_type_hints(cls)
 
 

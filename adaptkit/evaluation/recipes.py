@@ -27,6 +27,9 @@ PROTOCOLS: tuple[ProtocolName, ...] = ("few-shot", "base-to-novel")
 TunedOn = Literal["none", "val", "test", "per-dataset-config"]
 TemplateUse = Literal["dataset", "recipe", "learned", "none"]
 
+SUITES_FOLDER = "suites"
+"""Beside the recipes: the suites of `adaptkit sweep`, which are none."""
+
 SECTIONS = ("method", "training")
 VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip"})
 """The training settings that a method without a gradient loop may still read (Tip-Adapter's cache of views)."""
@@ -160,6 +163,7 @@ def list_recipes(method: str | None = None, protocol: str | None = None) -> tupl
     """
     folder = recipes_folder()
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = [name for name in names if not name.startswith(f"{SUITES_FOLDER}/")]
     return tuple(
         name
         for name in names
@@ -180,7 +184,8 @@ def find_recipe(method: str, protocol: str, variant: str = "") -> Recipe | None:
 
 
 def _is_known(name: str) -> bool:
-    return bool(_KNOWN_NAME.fullmatch(name)) and (recipes_folder() / f"{name}.yaml").is_file()
+    plain = _KNOWN_NAME.fullmatch(name) and not name.startswith(f"{SUITES_FOLDER}/")
+    return bool(plain) and (recipes_folder() / f"{name}.yaml").is_file()
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -1,7 +1,7 @@
 """Claims: who is doing which run, so that several processes, sweeps and machines can share one folder.
 
-A claim is a locked file at OUT/claims/<digest>. The system gives the lock back when its holder dies, however it dies; the
-file then still tells what the holder was doing. On a cluster the folder must lie where all machines see it, on a file
+A claim is a locked file at OUT/claims/<digest>. The system gives the lock back when its holder dies, however it dies;
+the file then still tells what the holder was doing. On a cluster the folder must lie where all machines see it, on a file
 system with locks (NFS 4, Lustre, GPFS have them).
 """
 
@@ -20,7 +20,9 @@ from pathlib import Path
 from adaptkit.storage import try_lock
 from adaptkit.sweeps.plan import place_of
 
-CLAIMS = "claims"
+CLAIMS, JOBS = "claims", "jobs"
+GROUP = "group-"
+"""Begins the names of the locks that workers hold at the group of runs they are at."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,8 +73,13 @@ class Claim:
 
 
 def abandoned(out: Path) -> list[str]:
-    """Digests of the runs whose holders died; their claims are removed, and what they left half-made."""
+    """Digests of the runs whose holders died; what dead processes left is removed: claims, half-made folders, files."""
     found = []
+    for path in [*(out / CLAIMS).glob(f"{GROUP}*"), *(out / JOBS).glob("*.json")]:
+        handle = try_lock(path)
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
     for digest in _claimed(out):
         claim = _taken_over(out, digest)
         if claim is not None:

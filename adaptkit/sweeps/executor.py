@@ -19,6 +19,7 @@ process of its own; one that dies there too is noted as failed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ from typing import Any, Literal
 from adaptkit.errors import ConfigError, StorageError
 from adaptkit.sweeps.claims import abandoned, in_progress
 from adaptkit.sweeps.plan import FAILURES, Failure, Plan, in_words, read_failures, states
-from adaptkit.sweeps.worker import Job, Outcome, Worker, WorkerSettings, write_failure, write_jobs
+from adaptkit.sweeps.worker import Job, Outcome, Worker, WorkerSettings, jobs_file, write_failure
 from adaptkit.types import ProgressCallback
 
 ExecutorName = Literal["local", "ray", "joblib"]
@@ -114,8 +115,11 @@ def run_sweep(
     settings = WorkerSettings(str(sweep.out), "", device, batch_size, cache)
     workers = min(jobs or default_jobs(device), max(1, len(todo)))
     pools: dict[str, _Pool] = {"local": _LocalPool(), "ray": _RayPool(address), "joblib": _JoblibPool()}
-    with _sigterm_as_interrupt():
-        sweep.work(pools[executor], settings, workers, todo)
+    try:
+        with _sigterm_as_interrupt():
+            sweep.work(pools[executor], settings, workers, todo)
+    finally:
+        abandoned(sweep.out)  # what workers that were ended left half-made
     return sweep.summary()
 
 
@@ -216,18 +220,14 @@ class _Sweep:
 
     def _with(self, pool: _Pool, settings: WorkerSettings, workers: int, digests: Sequence[str]) -> None:
         """Let a pool work on some runs."""
-        jobs = write_jobs(self.out, [Job(digest, self.runs[digest].spec) for digest in digests])
         workers = min(workers, len(digests))
-        told = replace(settings, jobs=jobs, threads=max(1, _cores() // workers))
-        outcomes = pool.work(told, workers, len(digests))
-        try:
-            for outcome in outcomes:
-                self._count(outcome)
-                if self.found.stopped:
-                    return
-        finally:
-            outcomes.close()
-            Path(jobs).unlink(missing_ok=True)
+        with jobs_file(self.out, [Job(digest, self.runs[digest].spec) for digest in digests]) as jobs:
+            told = replace(settings, jobs=jobs, threads=max(1, _cores() // workers))
+            with contextlib.closing(pool.work(told, workers, len(digests))) as outcomes:
+                for outcome in outcomes:
+                    self._count(outcome)
+                    if self.found.stopped:
+                        return
 
     def _alone(self, pool: _Pool, settings: WorkerSettings, digest: str) -> None:
         """A run during which a process died, again, with nothing beside it."""
@@ -297,8 +297,6 @@ def _set_threads(threads: int) -> None:
 
 def _begin(out: str, parent: int) -> None:
     """A new local process: quiet, deaf to Ctrl-C (the sweep ends it), and gone when the sweep is gone."""
-    import logging
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)
     with contextlib.suppress(OSError):
@@ -334,7 +332,7 @@ class _LocalPool(_Pool):
     """loky's processes, as joblib brings them."""
 
     def work(self, settings: WorkerSettings, workers: int, count: int) -> Iterator[Outcome]:
-        from concurrent.futures import as_completed
+        from concurrent.futures import FIRST_COMPLETED, wait
 
         from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
@@ -346,14 +344,20 @@ class _LocalPool(_Pool):
             env=dict.fromkeys(names, str(settings.threads)),
         )
         try:
-            futures = [executor.submit(_work_once, settings) for _ in range(count)]
-            for future in as_completed(futures):
-                outcome = None if future.cancelled() else future.result()
-                if outcome is not None:
+            # no more at a time than there are workers: loky can't be ended cleanly while others wait in its queue
+            waiting = {executor.submit(_work_once, settings) for _ in range(workers)}
+            left = count - workers
+            while waiting:
+                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    outcome = future.result()
+                    if outcome is None:
+                        left = 0
+                        continue
+                    if left > 0:
+                        waiting.add(executor.submit(_work_once, settings))
+                        left -= 1
                     yield outcome
-                elif not future.cancelled():  # nothing is left to take: the others need not ask
-                    for other in futures:
-                        other.cancel()
         except BrokenProcessPool as error:
             raise WorkerDiedError from error
         finally:
@@ -392,7 +396,7 @@ class _RayPool(_Pool):
         except ImportError as error:
             raise ConfigError("Ray isn't installed: pip install adaptkit[ray], or use --executor local.") from error
         if not ray.is_initialized():
-            ray.init(self.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+            ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         gpu = 1 if ray.cluster_resources().get("GPU") and settings.device == "auto" else 0
         actor = ray.remote(num_cpus=settings.threads, num_gpus=gpu)(_RayWorker)
         actors = [actor.remote(settings) for _ in range(workers)]

@@ -1,7 +1,7 @@
 """Plans: the runs of a suite with the keys that name their results, and what of them is done.
 
-Everything that can be checked is checked here, and everything wrong is said at once: datasets and their shots, settings,
-backbones. A run's result lies at OUT/runs/<first two digits of its key's digest>/<digest>.
+Everything that can be checked is checked here, and everything wrong is said at once: datasets and their shots,
+settings, backbones. A run's result lies at OUT/runs/<first two digits of its key's digest>/<digest>.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from adaptkit.sweeps.suite import RunSpec, Suite, expand, raise_problems
 
 if TYPE_CHECKING:
     from adaptkit.backbones.base import Backbone
-    from adaptkit.evaluation.protocols import RunPlan, Task
+    from adaptkit.evaluation.protocols import RunPlan
+    from adaptkit.evaluation.tasks import Task
     from adaptkit.types import ProgressCallback
 
 State = Literal["done", "failed", "damaged", "missing"]
@@ -116,7 +117,8 @@ def in_words(spec: RunSpec) -> str:
     """One line that names a run among others."""
     task = spec.task
     recipe = f" ({spec.recipe})" if spec.recipe else ""
-    return f"{spec.method}{recipe} on {task.dataset}, {task.protocol}, {task.shots} shots, seed {task.seed}, {spec.backbone}"
+    which = f"{task.protocol}, {task.shots} shots, seed {task.seed}"
+    return f"{spec.method}{recipe} on {task.dataset}, {which}, {spec.backbone}"
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@
     include: [{methods: [zero-shot], shots: [1]}]      more grids; axes left out are those above
     exclude: [{methods: [coop], datasets: [digits]}]   what all words of an entry fit is left out
 
-`all`, `feature-level` and `image-level` stand for methods, `embedded` for datasets. A combination that can't work (a
+`all`, `feature-level` (frozen features are all they need) and `tower-level` (they run a tower while they train) stand
+for methods, `embedded` for datasets. A combination that can't work (a
 method that needs descriptions, on a dataset without) is left out with a note where it was reached by such a word, and
 refused where it was named.
 """
@@ -25,12 +26,11 @@ from typing import Any, Literal
 
 from adaptkit.config import from_mapping, load_yaml
 from adaptkit.errors import ConfigError, MissingPathError, UnknownNameError
-from adaptkit.evaluation.recipes import PROTOCOLS, recipes_folder
+from adaptkit.evaluation.recipes import PROTOCOLS, SUITES_FOLDER, recipes_folder
 from adaptkit.evaluation.tasks import TaskSpec
 from adaptkit.methods import methods
 
-SUITES_FOLDER = "suites"
-METHOD_WORDS = ("all", "feature-level", "image-level")
+METHOD_WORDS = ("all", "feature-level", "tower-level")
 DATASET_WORD = "embedded"
 AXES = ("methods", "datasets", "shots", "seeds", "protocols", "backbones")
 _OF_THE_GRID = ("protocol", "shots", "seed")
@@ -199,20 +199,20 @@ def read_suite(content: Mapping[str, Any], *, data_root: str | None = None) -> S
     Raises:
         ConfigError: Everything wrong with its form, in one message.
     """
-    content = dict(content)
-    task = content.pop("task", {}) or {}
-    where = f"suite {content.get('name', '')}"
+    said = dict(content)
+    task = said.pop("task", {}) or {}
+    where = f"suite {said.get('name', '')}"
     if not isinstance(task, Mapping):
         raise ConfigError(f"In {where}: task is {task!r}; names and values are accepted, as in {{data_root: /data}}.")
     if data_root is not None:
         task = {**task, "data_root": data_root}
-    content = _spelled_out(content, task, data_root)
-    if isinstance(content.get("include"), list):
-        content["include"] = [_spelled_out(grid, task, data_root) for grid in content["include"]]
-    problems = list(_grid_words(content, task, where))
+    said = _spelled_out(said, task, data_root)
+    if isinstance(said.get("include"), list):
+        said["include"] = [_spelled_out(grid, task, data_root) for grid in said["include"]]
+    problems = list(_grid_words(said, task, where))
     suite = None
     try:
-        suite = from_mapping(Suite, content, where=where)
+        suite = from_mapping(Suite, said, where=where)
     except ConfigError as error:
         problems.insert(0, str(error))
     if suite is not None:
@@ -362,8 +362,12 @@ def _of_entry(suite: Suite, entry: MethodEntry, task: TaskSpec, backbone: str) -
 
 def methods_of(word: str) -> list[str]:
     """The methods that one of `METHOD_WORDS` stands for."""
-    reads = {"feature-level": "image_features", "image-level": "images"}
-    return [name for name in methods if word == "all" or methods.get(name).reads == reads[word]]
+    return [name for name in methods if word == "all" or is_feature_level(name) == (word == "feature-level")]
+
+
+def is_feature_level(method: str) -> bool:
+    """Whether frozen features are all that a method needs while it trains: prompts run the text tower."""
+    return methods.get(method).reads == "image_features" and methods.entry(method).family != "prompts"
 
 
 def _axis_value(spec: RunSpec, axis: str) -> Any:
@@ -405,4 +409,5 @@ def narrowed(suite: Suite, axis: Literal["methods", "datasets"], names: Iterable
     left_out = tuple(name for name in held if name not in wanted)
     if not left_out:
         return suite
-    return replace(suite, exclude=(*suite.exclude, Exclusion(**{axis: left_out})))
+    added = Exclusion(methods=left_out) if axis == "methods" else Exclusion(datasets=left_out)
+    return replace(suite, exclude=(*suite.exclude, added))

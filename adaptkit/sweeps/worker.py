@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import secrets
 import traceback
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +24,10 @@ from adaptkit.config import from_mapping
 from adaptkit.data.features import FeatureStore, ViewSettings
 from adaptkit.data.kept import datasets_kept
 from adaptkit.data.splits import Split
-from adaptkit.errors import AdaptKitError, DataError
+from adaptkit.errors import AdaptKitError, DataError, StorageError
 from adaptkit.evaluation.tasks import TaskSpec, load_task
 from adaptkit.storage import digest_json, read_json, try_lock, write_json
-from adaptkit.sweeps.claims import CLAIMS, Claim
+from adaptkit.sweeps.claims import CLAIMS, GROUP, JOBS, Claim
 from adaptkit.sweeps.plan import FAILURES, Failure, finished, in_words, place_of, plan_of
 from adaptkit.sweeps.suite import RunSpec
 from adaptkit.types import TensorInputs
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.backbones.base import Backbone
-    from adaptkit.evaluation.protocols import RunOutcome, RunPlan, Task
+    from adaptkit.evaluation.protocols import RunOutcome, RunPlan
+    from adaptkit.evaluation.tasks import Task
 
 DATASETS_KEPT = 2
 TASKS_KEPT = 2
@@ -93,12 +96,28 @@ class Outcome:
     images_encoded: int = 0
 
 
-def write_jobs(out: Path, jobs: Sequence[Job]) -> str:
-    """Write jobs to a file that is named by its content, so that sweeps side by side don't meet."""
-    content = [asdict(job) for job in jobs]
-    path = out / "jobs" / f"{digest_json(content)[:32]}.json"
-    write_json(path, content)
-    return str(path)
+@contextmanager
+def jobs_file(out: Path, jobs: Sequence[Job]) -> Iterator[str]:
+    """A file with jobs, for as long as the block lasts; a sweep that is killed leaves it to the next to remove.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    path = out / JOBS / f"{os.getpid()}-{secrets.token_hex(4)}.json"
+    handle = try_lock(path)  # tells others' `abandoned` that it is in use
+    try:
+        if handle is None:
+            raise StorageError(f"{path} is in use by another process: try again.")
+        try:
+            with open(handle, "w", encoding="utf-8", closefd=False) as file:
+                json.dump([asdict(job) for job in jobs], file)
+        except OSError as error:
+            raise StorageError(f"{path} can't be written: {error.strerror}.") from error
+        yield str(path)
+    finally:
+        path.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
 class SharedFeatures(FeatureStore):
@@ -181,7 +200,7 @@ class Worker:
         """Go to a group with runs left, if possible to one where no other worker is; False where there is none."""
         left = [name for name, jobs in self.groups.items() if jobs]
         for name in left:
-            self._place = try_lock(self.out / CLAIMS / f"group-{name}")
+            self._place = try_lock(self.out / CLAIMS / f"{GROUP}{name}")
             if self._place is not None:
                 self.group = name
                 return True
@@ -191,7 +210,7 @@ class Worker:
     def _leave(self) -> None:
         if self._place is not None:
             with contextlib.suppress(OSError):
-                (self.out / CLAIMS / f"group-{self.group}").unlink()
+                (self.out / CLAIMS / f"{GROUP}{self.group}").unlink()
             os.close(self._place)
         self.group = self._place = None
 
