@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.sweeps.plan import Failure, Plan, State
 
 _MOST_SHOWN = 20
+_HOW = ("jobs", "device", "batch_size", "cache", "executor", "address")
 
 _suite_options = _options.apply(
     [
@@ -101,33 +102,27 @@ def plan_command(**given: Any) -> None:
 @command.command("run")
 @_suite_options
 @_work_options
-def run_command(
-    jobs: int | None, device: str, batch_size: int, cache: str | None, executor: Any, address: str | None, **given: Any
-) -> None:
+def run_command(**given: Any) -> None:
     """Do those runs of SUITE that are neither done nor failed.
 
     \b
     Example:
       adaptkit sweep run embedded --methods zero-shot,tip-adapter --jobs 2
     """
-    _work(
-        False, given, jobs=jobs, device=device, batch_size=batch_size, cache=cache, executor=executor, address=address
-    )
+    _work(given, retry=False)
 
 
 @command.command("retry")
 @_suite_options
 @_work_options
-def retry_command(
-    jobs: int | None, device: str, batch_size: int, cache: str | None, executor: Any, address: str | None, **given: Any
-) -> None:
+def retry_command(**given: Any) -> None:
     """Do those runs of SUITE again that failed.
 
     \b
     Example:
       adaptkit sweep retry embedded
     """
-    _work(True, given, jobs=jobs, device=device, batch_size=batch_size, cache=cache, executor=executor, address=address)
+    _work(given, retry=True)
 
 
 @command.command("status")
@@ -183,10 +178,11 @@ def _planned(
         return plan, target, states(plan, target, progress), as_json
 
 
-def _work(retry: bool, given: dict[str, Any], **how: Any) -> None:
+def _work(given: dict[str, Any], retry: bool) -> None:
     """Do the missing runs, or the failed ones."""
     from adaptkit.sweeps.executor import run_sweep
 
+    how = {name: given.pop(name) for name in _HOW}
     plan, out, _, as_json = _planned(**given)
     try:
         with console.progress_bars(not as_json) as progress:

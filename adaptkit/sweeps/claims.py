@@ -1,8 +1,8 @@
 """Claims: who is doing which run, so that several processes, sweeps and machines can share one folder.
 
 A claim is a locked file at OUT/claims/<digest>. The system gives the lock back when its holder dies, however it dies;
-the file then still tells what the holder was doing. On a cluster the folder must lie where all machines see it, on a file
-system with locks (NFS 4, Lustre, GPFS have them).
+the file then still tells what the holder was doing. On a cluster the folder must lie where all machines see it, on a
+file system with locks (NFS 4, Lustre, GPFS have them).
 """
 
 from __future__ import annotations

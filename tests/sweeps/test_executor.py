@@ -51,8 +51,9 @@ def test_a_failing_run_does_not_stop_the_others_and_is_tried_again_on_request(be
     assert [failure.reason for failure in first.failed] == ["ValueError: the reason of it all"] * 2
     assert first.failed[0].run == "broken on photos, few-shot, 1 shots, seed 1, mini"
     text = (bench.out / "failures" / first.failed[0].traceback).read_text()
-    assert "Traceback" in text and "misbehaving.py" in text
-    assert said[-1] == ("runs: 2 failed", 6, 6) or ("runs: 2 failed", 6, 6) in said
+    assert "Traceback" in text
+    assert "misbehaving.py" in text
+    assert said[-1] == ("runs: 2 failed", 6, 6)
     assert leftovers(bench.out) == []
     bench.gate.touch()  # what was wrong is put right
     again = run_sweep(plan, bench.out, jobs=1)

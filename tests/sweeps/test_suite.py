@@ -127,7 +127,8 @@ def test_the_shipped_suites_are_read_and_are_no_recipes():
     assert sizes["coop-11"] % 11 == sizes["base-to-novel-11"] % 11 == 0
     for name in names:
         suite = load_suite(name)
-        assert suite.summary and suite.source
+        assert suite.summary
+        assert suite.source
         assert f"suites/{name}" not in list_recipes()
         with pytest.raises(UnknownNameError):
             load_recipe(f"suites/{name}")
