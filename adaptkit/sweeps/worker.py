@@ -219,7 +219,7 @@ class Worker:
     def do(self, job: Job) -> Outcome:
         """Do a run; what goes wrong with it is written down, and others go on."""
         try:
-            backbone = self._loaded(job.spec.backbone)
+            backbone = self.backbone(job.spec.backbone)
             outcome = self._run(self._plan(job, backbone), backbone)
             self._write(job, outcome)
         except Exception as error:
@@ -249,7 +249,7 @@ class Worker:
         folder = self.out / place_of(job.digest)
         write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
 
-    def _loaded(self, name: str) -> Backbone:
+    def backbone(self, name: str) -> Backbone:
         """The backbone of that name. Only one is kept."""
         from adaptkit.backbones.load import load_backbone
 

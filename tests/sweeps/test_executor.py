@@ -43,6 +43,7 @@ def leftovers(out: Path) -> list[Path]:
     return [*out.rglob("*.tmp"), *(out / CLAIMS).glob("*"), *(out / "jobs").glob("*")]
 
 
+@pytest.mark.slow
 def test_a_failing_run_does_not_stop_the_others_and_is_tried_again_on_request(bench):
     plan = plan_for(["broken", "zero-shot", "tip-adapter"], seeds=[1, 2])
     said = []
@@ -64,7 +65,18 @@ def test_a_failing_run_does_not_stop_the_others_and_is_tried_again_on_request(be
     assert (bench.out / LOG_FILE).read_text() == ""  # workers are quiet
 
 
-def test_killed_workers_cost_nothing_that_was_done_and_the_guilty_run_is_found(bench):
+def test_a_killed_worker_costs_nothing_that_was_done(bench):
+    """`kill -9`, in the middle of a run that does well the second time."""
+    plan = plan_for(["zero-shot", "dying-once"])
+    summary = run_sweep(plan, bench.out, jobs=1)
+    assert bench.gate.exists()
+    assert (summary.done, summary.left, summary.failed, summary.stopped) == (2, 0, [], "")
+    assert leftovers(bench.out) == []
+    assert (bench.out / LOG_FILE).read_text() == ""  # workers are quiet
+
+
+@pytest.mark.slow
+def test_the_run_that_kills_its_workers_is_found_among_others(bench):
     """`kill -9`, twice: of a run that does well the second time, and of one that never does."""
     plan = plan_for(["zero-shot", "dying", "dying-once", "tip-adapter"])
     summary = run_sweep(plan, bench.out, jobs=2)
@@ -166,6 +178,7 @@ def test_a_worker_killed_from_outside(bench):
 # --- one folder, several sweeps ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_sweeps_on_one_folder_share_the_runs(bench):
     plan = plan_for(["zero-shot", "waiting"], seeds=[1, 2])
     found = {}
@@ -186,6 +199,7 @@ def test_two_sweeps_on_one_folder_share_the_runs(bench):
     assert leftovers(bench.out) == []
 
 
+@pytest.mark.slow
 def test_corrupt_results_are_done_again(bench):
     plan = plan_for(["zero-shot"], seeds=[1, 2])
     run_sweep(plan, bench.out, jobs=1)
@@ -217,6 +231,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True, timeout=30)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_sweep_and_loses_nothing(bench, small_disk):
     plan = plan_for(["large", "zero-shot", "tip-adapter"])  # "large" learns four megabytes
     out = small_disk / "out"
@@ -233,6 +248,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(bench, small_disk):
 # --- other executors --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_backend_of_joblib_works(bench):
     from joblib import parallel_config
 
