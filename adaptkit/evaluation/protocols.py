@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from adaptkit.backbones.base import Backbone
 from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
 from adaptkit.data.splits import Split, TestSplit
-from adaptkit.errors import AdaptKitWarning
+from adaptkit.errors import AdaptKitWarning, DataError
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
 from adaptkit.evaluation.recipes import Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (
@@ -124,13 +124,15 @@ def plan_run(
     Raises:
         UnknownNameError: No such method or recipe.
         ConfigError: Settings that can't be used, all in one message.
+        DataError: A search was asked for, and there are too few validation images for one.
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    _check_searches(resolved, task)
     settings = {
-        "method": to_mapping(resolved.config),
-        "training": to_mapping(resolved.training) if kind.default_training is not None else {},
+        "method": _key_values(resolved.config),
+        "training": _key_values(resolved.training) if kind.default_training is not None else {},
         "templates": list(templates_of(task, chosen)),
         "precision": precision,
     }
@@ -149,6 +151,35 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _key_values(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, without those marked "later" that are at their default.
+
+    They came after runs had been made, and leave the keys of those as they are.
+    """
+    later = {item.name: item.default for item in fields(settings) if item.metadata.get("later")}
+    return {key: value for key, value in to_mapping(settings).items() if key not in later or value != later[key]}
+
+
+def _check_searches(resolved: Resolved, task: Task) -> None:
+    """Refuse a search that someone asked for where there is nothing to choose on.
+
+    A search that is merely a method's or a recipe's default is left out there, and the result says so. It takes
+    validation images of two classes: among those of one, whatever always answers that class is best.
+    """
+    asked = [
+        key
+        for key, origin in resolved.origins.items()
+        if key.startswith("method.search") and origin != "default" and not origin.startswith("recipe ")
+    ]
+    wanted = [key for key in asked if getattr(resolved.config, key.removeprefix("method.")) is True]
+    seen = 0 if task.val is None else len(set(task.val.labels.tolist()))
+    if wanted and seen < 2:
+        raise DataError(
+            f"{wanted[0]} asks for a choice on validation images of at least two classes, and {task.dataset.name} has"
+            f" {'none' if not seen else 'them of one only'}: add validation images, or leave the setting out."
+        )
 
 
 def run_method(
@@ -245,7 +276,7 @@ class _Run:
         return self._stored(split, training)
 
     def _views(self, training: TrainingSettings) -> ViewSettings:
-        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed, training.colour_jitter)
 
     def _frozen(self, method: Method, split: Split, training: TrainingSettings) -> Inputs | None:
         """Frozen features of the training images, for methods that train on pixels beside them.
