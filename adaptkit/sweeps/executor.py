@@ -113,11 +113,12 @@ def run_sweep(
     sweep = _Sweep(plan, Path(os.path.abspath(out)), progress)
     todo = sweep.todo(retry)
     settings = WorkerSettings(str(sweep.out), "", device, batch_size, cache)
-    workers = min(jobs or default_jobs(device), max(1, len(todo)))
     pools: dict[str, _Pool] = {"local": _LocalPool(), "ray": _RayPool(address), "joblib": _JoblibPool()}
+    pool = pools[executor]
+    workers = (jobs or pool.usual_workers(device)) if todo else 1
     try:
         with _sigterm_as_interrupt():
-            sweep.work(pools[executor], settings, workers, todo)
+            sweep.work(pool, settings, workers, todo)
     finally:
         abandoned(sweep.out)  # what workers that were ended left half-made
     return sweep.summary()
@@ -222,7 +223,7 @@ class _Sweep:
         """Let a pool work on some runs."""
         workers = min(workers, len(digests))
         with jobs_file(self.out, [Job(digest, self.runs[digest].spec) for digest in digests]) as jobs:
-            told = replace(settings, jobs=jobs, threads=max(1, _cores() // workers))
+            told = replace(settings, jobs=jobs, threads=pool.threads(workers))
             with contextlib.closing(pool.work(told, workers, len(digests))) as outcomes:
                 for outcome in outcomes:
                     self._count(outcome)
@@ -319,6 +320,14 @@ def _end_with(parent: int) -> None:
 class _Pool:
     """Processes that work."""
 
+    def usual_workers(self, device: str) -> int:
+        """How many workers there are when nobody says."""
+        return default_jobs(device)
+
+    def threads(self, workers: int) -> int:
+        """Threads for the arithmetic of each of some workers."""
+        return max(1, _cores() // workers)
+
     def work(self, settings: WorkerSettings, workers: int, count: int) -> Any:
         """A generator of the outcomes of at most `count` runs.
 
@@ -390,13 +399,29 @@ class _RayPool(_Pool):
     def __init__(self, address: str | None) -> None:
         self.address = address
 
-    def work(self, settings: WorkerSettings, workers: int, count: int) -> Iterator[Outcome]:
+    def usual_workers(self, device: str) -> int:
+        have = self._cluster().cluster_resources()
+        return max(1, int(have.get("GPU", 0) if device == "auto" else 0) or int(have.get("CPU", 1)))
+
+    def threads(self, workers: int) -> int:
+        cores = [int(node["Resources"].get("CPU", 0)) for node in self._cluster().nodes() if node["Alive"]]
+        return max(1, min(sum(cores) // workers, max(cores, default=1)))  # a worker lives on one node
+
+    def _cluster(self) -> Any:
+        """Ray's module, connected."""
         try:
             import ray
         except ImportError as error:
             raise ConfigError("Ray isn't installed: pip install adaptkit[ray], or use --executor local.") from error
         if not ray.is_initialized():
-            ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            try:
+                ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"There is no Ray cluster at {self.address!r}: {error}.") from error
+        return ray
+
+    def work(self, settings: WorkerSettings, workers: int, count: int) -> Iterator[Outcome]:
+        ray = self._cluster()
         gpu = 1 if ray.cluster_resources().get("GPU") and settings.device == "auto" else 0
         actor = ray.remote(num_cpus=settings.threads, num_gpus=gpu)(_RayWorker)
         actors = [actor.remote(settings) for _ in range(workers)]
@@ -411,9 +436,11 @@ class _RayPool(_Pool):
                 except ray.exceptions.RayActorError:
                     died = True
                     continue
-                if outcome is not None:
-                    waiting[one.work.remote()] = one
-                    yield outcome
+                if outcome is None:
+                    ray.kill(one)  # others may wait for its place
+                    continue
+                waiting[one.work.remote()] = one
+                yield outcome
         finally:
             for one in actors:
                 ray.kill(one)
