@@ -225,14 +225,21 @@ def _show_plan(plan: Plan, state: dict[str, State]) -> None:
 
     rows = list(counted(plan, state))
     states = [name for name in ("done", "failed", "damaged", "missing") if any(row[name] for row in rows)]
-    left = ["protocol", "backbone", "dataset"]
-    columns = [*left, "methods", "shots", "seeds", "runs", *states]
     words: dict[str, Callable[[Any], str]] = {"shots": _numbers, "seeds": _numbers}
-    cells = [[words.get(column, str)(row[column]) for column in columns] for row in rows]
+    said = {name: [words.get(name, str)(row[name]) for row in rows] for name in rows[0]}
+    # what is the same everywhere goes into the title, so that the table fits a terminal
+    same = [name for name in ("protocol", "backbone", "shots", "seeds") if len(set(said[name])) == 1]
+    names = {"shots": "shots ", "seeds": "seeds "}
+    title = ", ".join([f"{len(plan.runs):,} runs", *(names.get(name, "") + said[name][0] for name in same)])
+    columns = [
+        name for name in ("protocol", "backbone", "dataset", "methods", "shots", "seeds", "runs", *states)
+        if name not in same
+    ]  # fmt: skip
+    cells = [list(row) for row in zip(*(said[name] for name in columns), strict=True)]
     if len(rows) > 1:
-        sums = [console.count(sum(row[column] for row in rows)) for column in ("runs", *states)]
-        cells.append(["all", "", "", "", "", "", *sums])
-    console.print_table(f"{plan.name}: {len(plan.runs):,} runs", columns, cells, left=left)
+        sums = [console.count(sum(row[name] for row in rows)) for name in ("runs", *states)]
+        cells.append(["all", *[""] * (len(columns) - len(sums) - 1), *sums])
+    console.print_table(f"{plan.name}: {title}", columns, cells, left=["protocol", "backbone", "dataset"])
 
 
 def _numbers(values: list[int]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from adaptkit.config import from_mapping
 from adaptkit.data.kept import datasets_kept
 from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageError
-from adaptkit.evaluation.recipes import share_overrides
+from adaptkit.evaluation.recipes import resolve, share_overrides
 from adaptkit.evaluation.results import RESULT_FILE, RunKey, read_run
 from adaptkit.evaluation.tasks import TaskSpec, load_task
 from adaptkit.methods import methods
@@ -143,7 +143,7 @@ def make_plan(suite: Suite, *, progress: ProgressCallback | None = None) -> Plan
     raise_problems(where, planner.problems)
     if not planner.runs:
         raise_problems(where, [f"Nothing is left to run in {where}: its exclusions leave out everything."])
-    return Plan(suite.name, tuple(planner.runs.values()), tuple(dict.fromkeys(planner.notes)))
+    return Plan(suite.name, tuple(planner.runs.values()), tuple(planner.notes()))
 
 
 class _Planner:
@@ -153,7 +153,7 @@ class _Planner:
         self.progress, self.total, self.looked_at = progress, total, 0
         self.runs: dict[str, PlannedRun] = {}
         self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.left_out: dict[tuple[str, str], dict[str, None]] = {}
 
     def add_backbone(self, specs: list[RunSpec]) -> None:
         from adaptkit.backbones.load import load_backbone
@@ -161,6 +161,16 @@ class _Planner:
         backbone = self._tried(lambda: load_backbone(specs[0].backbone))
         for task, group in groupby(specs, key=lambda spec: spec.task):
             self._add_task(task, backbone, list(group))
+
+    def notes(self) -> list[str]:
+        """What was left out; datasets with the same to say come together."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for (dataset, reason), found in self.left_out.items():
+            groups.setdefault((reason, *found), []).append(dataset)
+        return [
+            f"left out on {', '.join(datasets)}: {', '.join(found)} ({reason})"
+            for (reason, *found), datasets in groups.items()
+        ]
 
     def _tried(self, attempt: Callable[[], T], where: str = "") -> T | None:
         try:
@@ -175,15 +185,17 @@ class _Planner:
             self.looked_at += 1
             if task is not None and backbone is not None:
                 self._add_run(run, task, backbone)
+            else:  # its settings may be wrong too
+                self._tried(lambda run=run: check_settings(run, backbone))  # type: ignore[misc]
         if self.progress:
             self.progress("planning", self.looked_at, self.total)
 
     def _add_run(self, spec: RunSpec, task: Task, backbone: Backbone) -> None:
         reason = why_impossible(spec.method, task, backbone)
         if reason and spec.named:
-            self.problems.append(reason)
+            self.problems.append(f"{spec.method} can't run on {task.dataset.name} with {spec.backbone}: it {reason}.")
         elif reason:
-            self.notes.append(f"left out: {reason}")
+            self.left_out.setdefault((task.dataset.name, reason), {})[spec.method] = None
         else:
             plan = self._tried(lambda: plan_of(spec, task, backbone))
             if plan is not None:
@@ -192,19 +204,28 @@ class _Planner:
 
 
 def why_impossible(method: str, task: Task, backbone: Backbone) -> str:
-    """Why a method can't run on a task at all, "" where it can; only what is cheap to see."""
+    """Why a method can't run on a task at all ("needs …"), "" where it can; only what is cheap to see."""
     kind = methods.get(method)
     if kind.needs_text and not backbone.has_text:
-        return f"{method} compares images with class names, and {backbone.spec.name} has no text encoder."
+        return "needs a text encoder, and the backbone has none"
     own = [part for part in task.parts if part.name in OWN_PARTS]  # targets bring their own descriptions
     asked = {name for part in own for name in part.split.class_names} | set(task.class_names)
-    silent = [name for name in sorted(asked) if not task.dataset.descriptions.get(name)]
-    if kind.reads_descriptions == "needed" and silent:
-        return (
-            f"{method} reads descriptions of the classes, and {task.dataset.name} has none for {silent[0]!r}: say"
-            " descriptions: FILE for this dataset."
-        )
+    if kind.reads_descriptions == "needed" and not all(map(task.dataset.descriptions.get, asked)):
+        return "needs descriptions of all classes (descriptions: FILE), and there are none"
     return ""
+
+
+def check_settings(spec: RunSpec, backbone: Backbone | None) -> None:
+    """Check what can be checked of a run's settings without its data, and perhaps without its backbone.
+
+    Raises:
+        AdaptKitError: Settings that can't be used.
+    """
+    from adaptkit.evaluation.protocols import choose_recipe
+
+    task = spec.task
+    recipe = None if backbone is None else choose_recipe(spec.method, task.protocol, backbone, spec.recipe)
+    resolve(methods.get(spec.method), recipe, _overrides(spec), shots=task.shots, dataset=task.dataset)
 
 
 def plan_of(spec: RunSpec, task: Task, backbone: Backbone) -> RunPlan:
@@ -220,17 +241,19 @@ def plan_of(spec: RunSpec, task: Task, backbone: Backbone) -> RunPlan:
         backbone,
         task,
         recipe=spec.recipe,
-        overrides=(*_shared(spec.method, spec.shared), *spec.overrides),
+        overrides=_overrides(spec),
         precision=spec.precision,
     )
 
 
-def _shared(method: str, texts: tuple[str, ...]) -> list[str]:
-    """Those of a suite's settings that a method reads; one that no method at all reads is refused."""
-    if not texts:
-        return []
-    names = [method, *(name for name in methods if name != method)]
-    return share_overrides([methods.get(name) for name in names], texts)[0]
+def _overrides(spec: RunSpec) -> list[str]:
+    """A run's settings: those of the suite that its method reads, then its own.
+
+    Raises:
+        ConfigError: One of the suite's that no method at all reads.
+    """
+    names = [spec.method, *(name for name in methods if spec.shared and name != spec.method)]
+    return [*share_overrides([methods.get(name) for name in names], spec.shared)[0], *spec.overrides]
 
 
 def _size(plan: RunPlan) -> RunSize:

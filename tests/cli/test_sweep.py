@@ -26,7 +26,7 @@ def suite(photos, tmp_path, monkeypatch) -> Path:
 def test_a_sweep_from_plan_to_done(call, suite):
     planned = call("sweep", "plan", suite)
     assert planned.exit_code == 0, planned.output
-    assert "mine: 2 runs" in planned.output
+    assert "mine: 2 runs, few-shot, mini, shots 1, seeds 1" in " ".join(planned.output.split())
     assert "The 2 missing runs take about" in planned.output
     assert "rough model" in planned.output
     assert not Path("sweeps").exists()  # a plan writes nothing

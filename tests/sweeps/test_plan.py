@@ -51,7 +51,7 @@ def test_everything_wrong_is_collected(bench):
     message = str(caught.value)
     for part in ("training.epoch", "'digitts'", "'digits'", "caltech101", "nowhere.json", "no-such-backbone", "500"):
         assert part in message, part
-    assert "cupl reads descriptions" in message
+    assert "cupl can't run on photos with mini: it needs descriptions" in message
     assert not (bench.root / "out").exists()
 
 
@@ -60,7 +60,9 @@ def test_words_leave_out_what_cannot_work(bench):
     methods = {run.spec.method for run in plan.runs}
     assert "zero-shot" in methods
     assert not methods & {"cupl", "dclip"}
-    assert any(note.startswith("left out: cupl reads descriptions") for note in plan.notes)
+    [note] = plan.notes
+    assert note.startswith("left out on photos: cupl, dclip")
+    assert "needs descriptions" in note
 
 
 def test_nothing_left_is_said():
