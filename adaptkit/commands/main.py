@@ -14,6 +14,7 @@ from adaptkit.errors import AdaptKitError, TrainingError
 _VERBS = {
     "run": "run one method on one task",
     "compare": "many methods on one task, ranked",
+    "sweep": "many runs from a YAML suite",
     "predict": "class names and probabilities for images",
     "export": "an adapter in another library's layout",
     "import": "a reference checkpoint as an adapter",

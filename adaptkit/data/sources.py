@@ -26,6 +26,7 @@ import numpy as np
 from adaptkit.config import check_templates
 from adaptkit.data.catalogue import BY_FILE, CATALOGUE
 from adaptkit.data.folders import class_folders, listing
+from adaptkit.data.kept import keeping
 from adaptkit.data.known import (
     DATA_ROOT_VARIABLE,
     Found,
@@ -74,6 +75,7 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted((*EMBEDDED, *CATALOGUE)))
 
 
+@keeping(known_names)
 def load_dataset(
     name: str | Path,
     *,

@@ -7,6 +7,7 @@ A recipe lies at `recipes/<method>/<protocol>[-variant].yaml`; its name is that 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +32,9 @@ STAND_INS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 TunedOn = Literal["none", "val", "test", "per-dataset-config"]
 TemplateUse = Literal["dataset", "recipe", "learned", "none"]
+
+SUITES_FOLDER = "suites"
+"""Beside the recipes: the suites of `adaptkit sweep`, which are none."""
 
 SECTIONS = ("method", "training")
 VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip", "colour_jitter"})
@@ -181,6 +185,7 @@ def list_recipes(method: str | None = None, protocol: str | None = None) -> tupl
     """
     folder = recipes_folder()
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = [name for name in names if not name.startswith(f"{SUITES_FOLDER}/")]
     return tuple(
         name
         for name in names
@@ -197,7 +202,12 @@ def find_recipe(method: str, protocol: str, variant: str = "") -> Recipe | None:
         'coop/few-shot-quick'
     """
     name = f"{method}/{protocol}" + (f"-{variant}" if variant else "")
-    return load_recipe(name) if name in list_recipes() else None
+    return load_recipe(name) if _is_known(name) else None
+
+
+def _is_known(name: str) -> bool:
+    plain = _KNOWN_NAME.fullmatch(name) and not name.startswith(f"{SUITES_FOLDER}/")
+    return bool(plain) and (recipes_folder() / f"{name}.yaml").is_file()
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -214,8 +224,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         if not path.is_file():
             raise MissingPathError(f"There is no recipe file {path}: check the path, or run 'adaptkit list recipes'.")
         return read_recipe(path, text)
-    known = list_recipes()
-    if text not in known:
+    if not _is_known(text):
+        known = list_recipes()
         hint = f"Run 'adaptkit list recipes' to see all {len(known)}, or give the path of a .yaml file."
         raise UnknownNameError.for_name("recipe", text, known, hint)
     return read_recipe(recipes_folder() / f"{text}.yaml", text)
@@ -227,6 +237,16 @@ def read_recipe(path: Path, name: str) -> Recipe:
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; all problems of the file are listed.
     """
+    try:
+        stat = path.stat()
+    except OSError:  # the reader says it in a sentence
+        return _read_recipe(path, name, ())
+    return _read_recipe(path, name, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=512)
+def _read_recipe(path: Path, name: str, state: tuple[int, ...]) -> Recipe:
+    """`state` changes with the file: a sweep asks for the same recipe for every run."""
     content = load_yaml(path)
     if "name" in content:
         raise ConfigError(f"Recipe {name}: its name is that of its file; remove the key 'name'.")

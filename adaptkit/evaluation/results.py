@@ -6,6 +6,7 @@ exists counts for nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import sys
@@ -282,19 +283,21 @@ def is_done(folder: str | Path, key: RunKey) -> bool:
 
 def environment(device: str, precision: str) -> dict[str, Any]:
     """Versions and hardware, for the result."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
         "precision": precision,
-        "versions": versions,
+        "versions": {package: _version(package) for package in _PACKAGES},
     }
+
+
+@functools.cache  # a sweep asks for every run, and each answer takes a millisecond
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def peak_memory_bytes() -> int:

@@ -22,7 +22,7 @@ from tests.data.trees import grow
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
-    set(re.findall(r"`(adaptkit (?:describe|run|compare|predict|import|explain|list|data|doctor)[^`]*)`", README))
+    set(re.findall(r"`(adaptkit (?:describe|run|compare|predict|import|explain|list|data|doctor|sweep)[^`]*)`", README))
 )
 
 
@@ -79,6 +79,7 @@ def test_command_lines(photos):
         "list": 5,
         "data": 6,
         "doctor": 7,
+        "sweep": 8,
     }
     for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
         words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]
