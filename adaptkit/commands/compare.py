@@ -80,9 +80,10 @@ def run_all(
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.evaluation.tasks import load_task
     from adaptkit.methods import methods
 
-    task = _runs.load_task(options, progress)
+    task = load_task(options.task, progress)
     model = load_backbone(options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
     plans = [

@@ -23,8 +23,9 @@ from adaptkit.commands import _console as console
 from adaptkit.commands._options import NameList
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
-from adaptkit.evaluation.protocols import RunPlan, make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import RunPlan, plan_run, run_method
 from adaptkit.evaluation.results import RunResult
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.storage import atomic_path, write_json
 from benchmarks.embedded.table import Scores, markdown
 

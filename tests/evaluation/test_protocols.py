@@ -14,9 +14,10 @@ from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import TestSplit, TrainSplit, ValSplit
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
-from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import choose_recipe, plan_run, run_method
 from adaptkit.evaluation.recipes import list_recipes, load_recipe
 from adaptkit.evaluation.results import is_done, read_run, write_run
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods import methods
 from tests.quick import described, quick_overrides
 
