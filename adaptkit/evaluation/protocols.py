@@ -335,7 +335,7 @@ class _Run:
             tuned_on=tuned_on,
             origins=dict(self.plan.resolved.origins),
             fit=_plain_report(self.report),
-            dataset=task.dataset.summary(),
+            dataset=task.dataset.summary() | ({} if task.spec is None else {"asked": to_mapping(task.spec)}),
             warnings=(*task.dataset.notes, *task.few_shot.notes, *self._cautions(parts, tuned_on), *said),
             environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
         )

@@ -101,6 +101,7 @@ class Task:
         train: The shots of the classes trained on.
         val: Validation images of the same classes; empty where the dataset has none.
         parts: What is tested.
+        spec: What was asked for, where the task was made from a spec: so that the run can be repeated.
     """
 
     dataset: Dataset
@@ -109,6 +110,7 @@ class Task:
     train: TrainSplit
     val: ValSplit | None
     parts: tuple[TestPart, ...]
+    spec: TaskSpec | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -141,7 +143,8 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         dropped += more
         notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
         data = replace(data, train=train, val=val, notes=(*data.notes, *notes))
-    return make_task(data, spec.protocol, spec.shots, spec.seed, spec.sampler, allow_fewer=spec.allow_fewer)
+    task = make_task(data, spec.protocol, spec.shots, spec.seed, spec.sampler, allow_fewer=spec.allow_fewer)
+    return replace(task, spec=spec)
 
 
 def make_task(

@@ -67,7 +67,8 @@ class Cell:
     def summaries(self) -> dict[str, Summary]:
         """Mean and spread over the seeds, by measure; fractions."""
         every = [measures(record.result) for record in self.runs]
-        return {name: summarise([values[name] for values in every]) for name in every[0]}
+        shared = [name for name in every[0] if all(name in values for values in every)]
+        return {name: summarise([values[name] for values in every]) for name in shared}
 
     @cached_property
     def averages(self) -> BaseToNovel | None:

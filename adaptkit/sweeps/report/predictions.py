@@ -45,7 +45,7 @@ def _read(record: RunRecord) -> dict[str, Predictions]:
             continue
         predictions = Predictions(part.name, *columns)
         classes = part.num_classes
-        inside = all(((0 <= v) & (v < classes)).all() for v in (predictions.labels, predictions.predicted))
+        inside = all(((v >= 0) & (v < classes)).all() for v in (predictions.labels, predictions.predicted))
         right = int((predictions.labels == predictions.predicted).sum())
         if inside and right == part.correct and bool(np.isfinite(predictions.confidence).all()):
             found[part.name] = predictions

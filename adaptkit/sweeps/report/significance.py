@@ -21,9 +21,20 @@ from numpy.typing import NDArray
 
 from adaptkit.errors import DataError
 from adaptkit.evaluation.results import Predictions
-from adaptkit.sweeps.report.aggregate import H, MEAN_OF_H, TARGET_AVERAGE, ZERO_SHOT, ACCURACY, Average, Cell, Group
+from adaptkit.sweeps.report.aggregate import (
+    ACCURACY,
+    MEAN_OF_H,
+    TARGET_AVERAGE,
+    ZERO_SHOT,
+    Average,
+    Cell,
+    Group,
+    H,
+    Report,
+)
 from adaptkit.sweeps.report.predictions import PredictionReader
 from adaptkit.sweeps.results import RunRecord
+from adaptkit.types import ProgressCallback
 
 LEVEL = 0.05
 """Differences with a corrected p-value above this are ties."""
@@ -91,15 +102,16 @@ def paired_counts(first: Predictions, second: Predictions) -> Counts | None:
     return np.array([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()], dtype=np.int64)
 
 
-def bootstrap_images(parts: Sequence[Counts], combine: Callable[[Sequence[Floats]], Floats], seed: int = _SEED) -> float:
+def bootstrap_images(
+    parts: Sequence[Counts], combine: Callable[[Sequence[Floats]], Floats], seed: int = _SEED
+) -> float:
     """Two-sided p-value of a difference in a number made of several accuracies, by redrawing each part's images.
 
     Args:
         parts: From `paired_counts`, one per part.
         combine: The number from the parts' accuracies [draws].
-        seed: Of the draws.
     """
-    numbers = np.random.default_rng(seed)
+    numbers = np.random.default_rng(_SEED)
     first, second = [], []
     for counts in parts:
         total = int(counts.sum())
@@ -109,12 +121,12 @@ def bootstrap_images(parts: Sequence[Counts], combine: Callable[[Sequence[Floats
     return _two_sided(combine(first) - combine(second))
 
 
-def bootstrap_datasets(differences: Sequence[float], seed: int = _SEED) -> float | None:
+def bootstrap_datasets(differences: Sequence[float]) -> float | None:
     """Two-sided p-value of a mean difference over datasets, by redrawing the datasets; None with too few of them."""
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < FEWEST_DATASETS:
         return None
-    drawn = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
+    drawn = np.random.default_rng(_SEED).integers(0, len(values), (DRAWS, len(values)))
     return _two_sided(values[drawn].mean(axis=1))
 
 
@@ -150,6 +162,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
         corrected[place] = highest
     return corrected
+
+
+# --- a report ---------------------------------------------------------------------------------------------------------
+
+
+def compare_report(
+    report: Report, reader: PredictionReader, progress: ProgressCallback | None = None
+) -> dict[str, list[dict[tuple[str, str], Comparison]]]:
+    """The comparisons of every group, by the section's anchor.
+
+    Args:
+        report: From `gather`.
+        reader: Reads the predictions; they are dropped group by group.
+        progress: Called as (what, done, total).
+    """
+    total, done = sum(len(section.groups) for section in report.sections), 0
+    compared: dict[str, list[dict[tuple[str, str], Comparison]]] = {}
+    for section in report.sections:
+        for group in section.groups:
+            compared.setdefault(section.anchor, []).append(compare_group(group, reader))
+            reader.forget()
+            done += 1
+            if progress is not None:
+                progress("comparing", done, total)
+    return compared
 
 
 # --- a group ----------------------------------------------------------------------------------------------------------
