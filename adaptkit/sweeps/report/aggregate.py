@@ -261,6 +261,11 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(once, key=places.__getitem__))
 
 
+def shots_text(shots: int) -> str:
+    """ "1 shot", "16 shots"."""
+    return f"{shots} shot{'' if shots == 1 else 's'}"
+
+
 def _without_seed(key: RunKey) -> dict[str, Any]:
     return {name: value for name, value in asdict(key).items() if name != "seed"}
 

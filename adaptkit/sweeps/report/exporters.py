@@ -28,10 +28,9 @@ def all_tables(report: Report, compared: Compared) -> Iterator[tuple[str, Table]
     """(section's title, table), in the order of the page."""
     found = []
     for section in report.sections:
-        for shots in reversed(section.shot_counts):
-            averages = averages_table(section, shots)
-            if averages is not None:
-                yield section.title, averages
+        averages = averages_table(section)
+        if averages is not None:
+            yield section.title, averages
         yield section.title, results_table(section, compared[section.anchor])
         found += compare_section(section)[0]
     published = published_table(found)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptKitWarning as AdaptKitWarning
 from adaptkit.evaluation.results import RunResult
 from adaptkit.storage import atomic_path
 from adaptkit.sweeps.report import plots
-from adaptkit.sweeps.report.aggregate import Cell, Group, Report, Section, averages_of
+from adaptkit.sweeps.report.aggregate import Cell, Group, Report, Section, averages_of, shots_text
 from adaptkit.sweeps.report.pictures import Images, class_gains_of, confusions, reliability_panels
 from adaptkit.sweeps.report.predictions import PredictionReader
 from adaptkit.sweeps.report.published import compare_section
@@ -42,7 +41,7 @@ _MARK_WORDS = {"best": "best", "tie": "can't be told from the best"}
 MOST_GROUPS = 24
 """Groups of a section whose confidences, classes and confusions are shown: the page stays a page."""
 
-MOST_PANELS = 8
+MOST_PANELS = 6
 
 EXPLANATIONS = (
     LEGEND,
@@ -163,7 +162,7 @@ def _section(
 ) -> dict[str, Any]:
     style = plots.looks(section.labels)
     drawn = [*plots.curves(section, style), *plots.base_against_novel(section, style), *plots.costs(section, style)]
-    averages = (averages_table(section, shots) for shots in reversed(section.shot_counts))
+    averages = averages_table(section)
     groups = []
     for group in section.at(section.shot_counts[-1])[:MOST_GROUPS]:
         groups.append(_group(section, group, reader, pictures))
@@ -173,7 +172,7 @@ def _section(
         "title": section.title,
         "anchor": section.anchor,
         "sentences": list(_sentences(section, compared)),
-        "tables": [*(table for table in averages if table is not None), results_table(section, compared)],
+        "tables": [*([averages] if averages else []), results_table(section, compared)],
         "plots": drawn,
         "legend": [{"svg": plots.swatch(style[label]), "label": label} for label in section.labels] if drawn else [],
         "groups": groups,
@@ -191,17 +190,19 @@ def _sentences(section: Section, compared: Sequence[Comparisons]) -> Iterator[st
         top = averages_of(section, shots)[0]
         value = top.value(section.ranked_by)
         if value is not None:
-            yield f"Over all {len(shown)} datasets at {shots} shots, {top.label} is best on average ({percent(value)})."
-    notes = dict.fromkeys(
-        f"{group.dataset}: {note}" for group in section.groups for note in group.first.dataset.get("notes", ())
-    )
-    yield from list(notes)[:12]
+            where = f"Over all {len(shown)} datasets at {shots_text(shots)}"
+            yield f"{where}, {top.label} is best on average ({percent(value)})."
+    about: dict[str, list[str]] = {}
+    for group in section.groups:
+        for note in group.first.dataset.get("notes", ()):
+            about.setdefault(str(note), []).append(group.dataset)
+    yield from (f"{', '.join(dict.fromkeys(datasets))}: {note}." for note, datasets in list(about.items())[:12])
 
 
 def _finding(group: Group, found: Comparisons) -> str:
     best = group.cells[0]
     value = best.value(group.ranked_by)
-    text = f"On {group.dataset} at {group.shots} shots, {best.label} is best by {group.ranked_by}"
+    text = f"On {group.dataset} at {shots_text(group.shots)}, {best.label} is best by {group.ranked_by}"
     text += "" if value is None else f" ({percent(value)})"
     reference = None if group.zero_shot is None else group.zero_shot.value(group.ranked_by)
     if reference is not None and value is not None and best is not group.zero_shot:
@@ -228,7 +229,7 @@ def _group(section: Section, group: Group, reader: PredictionReader, pictures: b
         sentences.append(f"Names only: {images.problem.rstrip('.')}.")
     kinds = list(dict.fromkeys(kind for parts in panels.values() for kind in parts))
     return {
-        "title": f"{group.dataset}, {group.shots} shots",
+        "title": f"{group.dataset}, {shots_text(group.shots)}",
         "method": best.label,
         "reliability": plots.reliability(f"reliability {name}", group, panels) if panels else None,
         "gains": plots.class_gains(f"gains {name}", group, best, gains) if gains else None,
@@ -260,7 +261,7 @@ def _entry(group: Group, cell: Cell) -> dict[str, Any]:
     return {
         "anchor": cell.anchor,
         "label": cell.label,
-        "where": f"on {group.dataset}, {cell.key.protocol}, {group.shots} shots, {_many(len(results), 'seed')}",
+        "where": f"on {group.dataset}, {cell.key.protocol}, {shots_text(group.shots)}, {_many(len(results), 'seed')}",
         "parts": parts,
         "runs": runs,
         "commands": [text for text in commands if text],

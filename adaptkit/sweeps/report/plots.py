@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaptkit.evaluation.metrics import DEFAULT_BINS, calibration_error
-from adaptkit.sweeps.report.aggregate import ZERO_SHOT, Cell, Group, Section, averages_of
+from adaptkit.sweeps.report.aggregate import ZERO_SHOT, Cell, Group, Section, averages_of, shots_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +58,11 @@ class Plot:
         title: What it shows.
         svg: An `<svg>` element; safe to put into a page.
         text: The same in words, for those who can't see it.
-        wide: Whether it wants the page's whole width.
     """
 
     title: str
     svg: str
     text: str
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,8 @@ def _svg(figure: Figure, name: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', opening.group() if opening else "")
     body = text[opening.end() if opening else 0 :].replace("xlink:href", "href")
     body = body.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    for place, colour in enumerate(COLOURS):
+        body = body.replace(colour, f"var(--c{place})")
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)  # the page's own font
     # names of clip paths and markers are a page's, so that each figure's need their own
     mark = re.sub(r"[^a-z0-9]+", "-", name.lower())
@@ -173,16 +173,22 @@ def _curve(
 ) -> Plot:
     last: dict[str, float] = {}
     with (canvas := _Canvas(f"curve {section.anchor} {dataset}")) as (axes,):
-        for label in shown:
+        for place, label in enumerate(shown):
             points = _points(groups, label)
             if not points:
                 continue
             shots, values, widths = zip(*points, strict=True)
-            zero = label == ZERO_SHOT
+            aside = 2 ** (0.05 * (place - (len(shown) - 1) / 2))  # so that intervals don't cover each other
             axes.errorbar(
-                shots, [100 * v for v in values], [100 * w for w in widths], color=style[label].colour, capsize=2,
-                marker=style[label].marker, elinewidth=0.8, linestyle=(0, (4, 2)) if zero else "-",
-            )  # fmt: skip
+                [aside * count for count in shots],
+                [100 * value for value in values],
+                [100 * width for width in widths],
+                color=style[label].colour,
+                marker=style[label].marker,
+                linestyle=(0, (4, 2)) if label == ZERO_SHOT else "-",
+                elinewidth=0.8,
+                capsize=2,
+            )
             last[label] = values[-1]
         axes.set_xscale("log", base=2)
         axes.set_xticks(section.shot_counts, [str(shots) for shots in section.shot_counts])
@@ -224,7 +230,9 @@ def _base_novel(section: Section, group: Group, style: Mapping[str, Look]) -> Pl
             axes.plot(100 * base, 100 * novel, look.marker, color=look.colour, markersize=7, linestyle="none")
         axes.margins(0.12)
         _equal_h(axes)
-        axes.set(xlabel="base accuracy (%)", ylabel="novel accuracy (%)", title=f"{group.dataset}, {group.shots} shots")
+        axes.set(
+            xlabel="base accuracy (%)", ylabel="novel accuracy (%)", title=f"{group.dataset}, {shots_text(group.shots)}"
+        )
     words = f"base and novel accuracy on {group.dataset}: "
     words += "; ".join(f"{label} {100 * base:.1f} and {100 * novel:.1f}" for label, (base, novel) in points.items())
     return Plot(f"{group.dataset}: base and novel", canvas.svg, words)
@@ -268,17 +276,30 @@ def _cost(
         for label, score in scores.items():
             look = style[label]
             axes.plot(costs[label], 100 * score, look.marker, color=look.colour, markersize=7, linestyle="none")
-        if min(costs.values()) > 0:
-            axes.set_xscale("log")
-        else:  # methods that train nothing stand at 0, left of the powers of ten
-            axes.set_xscale("symlog", linthresh=max(1.0, min((c for c in costs.values() if c > 0), default=1.0)))
-            axes.set_xlim(left=-0.2 * max(1.0, min((c for c in costs.values() if c > 0), default=1.0)))
-        axes.minorticks_off()
+        _log_axis(axes, list(costs.values()))
         axes.margins(y=0.12)
-        axes.set(xlabel=what, ylabel=f"{section.ranked_by} (%)", title=f"{where}, {section.shot_counts[-1]} shots")
+        axes.set(
+            xlabel=what, ylabel=f"{section.ranked_by} (%)", title=f"{where}, {shots_text(section.shot_counts[-1])}"
+        )
     words = f"{section.ranked_by} against {what}: "
     words += "; ".join(f"{label} {100 * score:.1f} at {costs[label]:,.1f}" for label, score in scores.items())
     return Plot(f"against {what}", canvas.svg, words)
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Powers of ten along x, written as numbers; methods that cost nothing stand at 0, left of them."""
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = int(np.floor(np.log10(min(positive)))), int(np.ceil(np.log10(max(positive))))
+    ticks = [10.0**power for power in range(low, max(high, low + 1) + 1)]
+    if min(values) > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 1.1)
+    else:
+        axes.set_xscale("symlog", linthresh=ticks[0], linscale=0.5)
+        ticks = [0.0, *ticks]
+        axes.set_xlim(-0.3 * ticks[1], ticks[-1] * 1.2)
+    axes.set_xticks(ticks, [f"{tick:,.12g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 # --- reliability ------------------------------------------------------------------------------------------------------
@@ -295,10 +316,10 @@ def reliability(name: str, group: Group, panels: Mapping[str, Mapping[str, Pairs
         group: What they were tested on.
         panels: Confidences and hits by method and kind of part ("base"), those of all seeds.
     """
-    across = min(4, len(panels))
+    across = min(2, len(panels))
     down = -(-len(panels) // across)
     errors = []
-    with (canvas := _Canvas(name, 0.3 + 1.9 * across, 2.15 * down, (down, across))) as every:
+    with (canvas := _Canvas(name, _WIDTH, 2.2 * down, (down, across))) as every:
         for axes, (label, parts) in zip(every, panels.items(), strict=False):
             errors.append(f"{label}: {_panel(axes, label, parts)}")
         for axes in every[len(panels) :]:
@@ -308,7 +329,7 @@ def reliability(name: str, group: Group, panels: Mapping[str, Mapping[str, Pairs
         for axes in every[::across]:
             axes.set_ylabel("right", fontsize=8)
     words = f"calibration error (ECE, {DEFAULT_BINS} bins, percent) on {group.dataset}: {'; '.join(errors)}"
-    return Plot("Reliability", canvas.svg, words, wide=across > 2)
+    return Plot("Reliability", canvas.svg, words)
 
 
 def _panel(axes: Axes, label: str, parts: Mapping[str, Pairs]) -> str:
@@ -359,7 +380,7 @@ def class_gains(name: str, group: Group, cell: Cell, gains: Sequence[tuple[str, 
         axes.grid(visible=False, axis="y")
         axes.set(
             xlabel="points gained over zero-shot",
-            title=f"{cell.label}, {group.shots} shots",
+            title=f"{cell.label}, {shots_text(group.shots)}",
             ylim=(len(shown) - 0.4, -0.6),
         )
         axes.tick_params(axis="y", length=0)

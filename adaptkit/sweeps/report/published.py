@@ -28,6 +28,7 @@ from adaptkit.sweeps.report.aggregate import (
     averages_of,
     is_embedded,
     overridden,
+    shots_text,
 )
 from adaptkit.sweeps.report.repeat import spec_of
 
@@ -247,7 +248,7 @@ def compare_section(section: Section) -> tuple[list[Beside], list[NotComparable]
             beside, why = _cell_beside(group, cell)
             found += beside
             if why:
-                refused.setdefault((group.dataset, why), []).append(f"{cell.label}, {group.shots} shots")
+                refused.setdefault((group.dataset, why), []).append(f"{cell.label}, {shots_text(group.shots)}")
     for shots in section.shot_counts:
         found += _averages_beside(section, shots)
     by_reason: dict[str, list[str]] = {}

@@ -14,9 +14,10 @@ from adaptkit.sweeps.report.aggregate import (
     H,
     Section,
     averages_of,
+    shots_text,
 )
 from adaptkit.sweeps.report.published import Beside
-from adaptkit.sweeps.report.significance import LEVEL, Comparison, compare_averages
+from adaptkit.sweeps.report.significance import FEWEST_DATASETS, LEVEL, Comparison, compare_averages
 
 Comparisons = Mapping[tuple[str, str], Comparison]
 """By (label, measure)."""
@@ -116,7 +117,7 @@ def results_table(section: Section, compared: Sequence[Comparisons]) -> Table:
             place = [Value(group.dataset)] * several + [Value(str(group.shots), group.shots)] * varied
             rows.append((Value(cell.label, link=cell.anchor), *place, *_cell_row(section, group, cell, found)))
     title = "Results" + ("" if several else f" on {datasets[0]}")
-    title += "" if varied else f", {section.shot_counts[0]} shots"
+    title += "" if varied else f", {shots_text(section.shot_counts[0])}"
     return Table(title, tuple(columns), tuple(rows), LEGEND, frozenset(breaks))
 
 
@@ -130,8 +131,7 @@ def _cell_row(section: Section, group: Group, cell: Cell, found: Comparisons) ->
     row = [_measure(group, cell, measure, found) for measure in section.measures]
     row.append(Value(str(len(cell.runs)), len(cell.runs)))
     row.append(_gain(group, cell))
-    against = found.get((cell.label, group.ranked_by))
-    row.append(Value("", -1.0) if against is None else p_value(against))
+    row.append(_against(found.get((cell.label, group.ranked_by))))
     row.append(Value("–") if cell.ece is None else Value(percent(cell.ece), cell.ece))
     row.append(Value(f"{cell.first.trained_parameters:,}", cell.first.trained_parameters))
     row.append(Value(f"{cell.seconds:.1f}", cell.seconds))
@@ -168,37 +168,55 @@ def _gain(group: Group, cell: Cell) -> Value:
     return Value(signed(value - reference), value - reference)
 
 
-def p_value(comparison: Comparison) -> Value:
-    """A corrected p-value, "–" where it couldn't be tested."""
-    if comparison.p is None:
-        return Value("–", note="not tested: no predictions of the same images and seeds, or too few datasets")
+def _against(comparison: Comparison | None) -> Value:
+    """A corrected p-value: nothing for the best itself, "–" where it couldn't be tested."""
+    if comparison is None:
+        return Value("")
     p = comparison.p
+    if p is None:
+        return Value("–")
     return Value("<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}", p)
 
 
 # --- averages ---------------------------------------------------------------------------------------------------------
 
 
-def averages_table(section: Section, shots: int) -> Table | None:
-    """A line per method with every dataset and the averages; None with a single dataset."""
-    groups = section.at(shots)
-    if len(groups) < 2:
+def averages_table(section: Section) -> Table | None:
+    """A line per method and number of shots, with the averages and every dataset; None with a single dataset."""
+    counts = [shots for shots in section.shot_counts if len(section.at(shots)) > 1]
+    if not counts:
         return None
-    rows = averages_of(section, shots)
-    found = compare_averages(rows, section.ranked_by)
-    names = [name for name in section.measures if all(name in group.measures for group in groups)]
-    columns = [Column("method", numeric=False)]
-    columns += [
-        Column(f"mean {name}" if name not in _HELP else name, help=_AVERAGE_HELP.get(name, "")) for name in names
-    ]
-    columns += [Column("p", help="of no difference from the best, over the datasets")]
-    columns += [Column(group.dataset, help=section.ranked_by) for group in groups]
-    content = tuple(_average_row(row, names, groups, found, section.ranked_by) for row in rows)
-    caption = (
-        f"Means over {len(groups)} datasets; the columns of single datasets show {section.ranked_by}. Incomplete rows"
-        " have no mean. " + _over_datasets(len(groups))
-    )
-    return Table(f"Average over datasets, {shots} shots", tuple(columns), content, caption)
+    datasets = list(dict.fromkeys(group.dataset for shots in counts for group in section.at(shots)))
+    names = [name for name in section.measures if all(name in group.measures for group in section.groups)]
+    compared = {}
+    for shots in counts:
+        averages = averages_of(section, shots)
+        compared[shots] = averages, compare_averages(averages, section.ranked_by)
+    tested = any(item.p is not None for _, found in compared.values() for item in found.values())
+    columns = [Column("method", numeric=False, filtered=len(counts) > 1)]
+    columns += [Column("shots", filtered=True)] * (len(counts) > 1)
+    columns += [Column(n if n in _HELP else f"mean {n}", help=_AVERAGE_HELP.get(n, "")) for n in names]
+    columns += [Column("p", help="of no difference from the best, over the datasets")] * tested
+    columns += [Column(dataset, help=section.ranked_by) for dataset in datasets]
+    rows, breaks = [], set()
+    for shots, (averages, found) in compared.items():
+        breaks.add(len(rows))
+        for row in averages:
+            place = [Value(str(shots), shots)] * (len(counts) > 1)
+            means = _average_values(section, row, names, found)
+            against = [_against(found.get(row.label))] * tested
+            head = Value(row.label, link=row.cells[0].anchor)
+            rows.append((head, *place, *means, *against, *_dataset_values(section, row, datasets)))
+    title = "Average over datasets" + (f", {shots_text(counts[0])}" if len(counts) == 1 else "")
+    return Table(title, tuple(columns), tuple(rows), _averages_caption(section, datasets, tested), frozenset(breaks))
+
+
+def _averages_caption(section: Section, datasets: Sequence[str], tested: bool) -> str:
+    caption = f"Columns of single datasets show {section.ranked_by}. A row that lacks a dataset has no mean. "
+    if tested:
+        return caption + "● best, ≈ can't be told from the best by a bootstrap over the datasets."
+    reason = f"with fewer than {FEWEST_DATASETS} datasets a bootstrap over them says nothing"
+    return caption + "Ties aren't marked here" + (f": {reason}." if len(datasets) < FEWEST_DATASETS else ".")
 
 
 _AVERAGE_HELP = {
@@ -207,36 +225,33 @@ _AVERAGE_HELP = {
 }
 
 
-def _over_datasets(count: int) -> str:
-    from adaptkit.sweeps.report.significance import FEWEST_DATASETS
-
-    if count < FEWEST_DATASETS:
-        return f"Ties aren't marked: with fewer than {FEWEST_DATASETS} datasets a bootstrap over them says nothing."
-    return "● best, ≈ can't be told from the best by a bootstrap over the datasets."
-
-
-def _average_row(
-    row: Average, names: Sequence[str], groups: Sequence[Group], found: Mapping[str, Comparison], ranked_by: str
-) -> tuple[Value, ...]:
-    values = [Value(row.label, link=row.cells[0].anchor)]
-    comparison = found.get(row.label)
+def _average_values(
+    section: Section, row: Average, names: Sequence[str], found: Mapping[str, Comparison]
+) -> list[Value]:
+    """A row's averages; how many datasets it has where they aren't all there."""
+    values = []
     for name in names:
         value = row.value(name)
+        if value is None:
+            values.append(Value("–", note=f"{len(row.cells)} of {row.datasets}"))
+            continue
         mark = ""
-        if name == ranked_by and value is not None and found:
+        if name == section.ranked_by and found:
+            comparison = found.get(row.label)
             mark = "best" if comparison is None else "tie" if comparison.tie else ""
-        missing = f"{len(row.cells)} of {row.datasets} datasets"
-        text = (
-            Value("–", note=missing) if value is None else Value(with_width(value, row.half_width(name)), value, mark)
-        )
-        values.append(text)
-    values.append(Value("", -1.0) if comparison is None else p_value(comparison))
-    for group in groups:
-        cell = group.cell(row.label)
-        score = None if cell is None else cell.value(group.ranked_by)
-        shown = Value("–") if cell is None or score is None else Value(percent(score), score, link=cell.anchor)
-        values.append(shown)
-    return tuple(values)
+        values.append(Value(with_width(value, row.half_width(name)), value, mark))
+    return values
+
+
+def _dataset_values(section: Section, row: Average, datasets: Sequence[str]) -> list[Value]:
+    """The ranking measure on each dataset."""
+    cells = {group.dataset: group.cell(row.label) for group in section.at(row.shots)}
+    values = []
+    for dataset in datasets:
+        cell = cells.get(dataset)
+        score = None if cell is None else cell.value(section.ranked_by)
+        values.append(Value("–") if cell is None or score is None else Value(percent(score), score, link=cell.anchor))
+    return values
 
 
 # --- published figures ------------------------------------------------------------------------------------------------
