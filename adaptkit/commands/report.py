@@ -11,12 +11,9 @@ from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from adaptkit.sweeps.report.aggregate import Report
-    from adaptkit.sweeps.report.tables import Comparisons
-    from adaptkit.sweeps.results import BadRun, RunRecord
-    from adaptkit.types import ProgressCallback
+    from adaptkit.sweeps.report.exporters import Compared
+    from adaptkit.sweeps.report.writing import Format
 
 _file = click.Path(path_type=Path, dir_okay=False)
 
@@ -47,12 +44,14 @@ def command(
       adaptkit report runs/first
       adaptkit report sweeps/embedded --html report.html --csv numbers.csv
     """
-    files = {"html": html, "markdown": markdown, "latex": latex, "csv": csv}
-    for path in filter(None, files.values()):
+    asked: dict[Format, Path | None] = {"html": html, "markdown": markdown, "latex": latex, "csv": csv}
+    files = {kind: path for kind, path in asked.items() if path is not None}
+    for path in files.values():
         _runs.check_writable(path.parent)
 
     from adaptkit.sweeps.report import exporters
     from adaptkit.sweeps.report.aggregate import gather
+    from adaptkit.sweeps.report.writing import write_report
     from adaptkit.sweeps.results import read_runs
 
     with console.progress_bars(not as_json) as progress:
@@ -60,52 +59,20 @@ def command(
         for bad in damaged:
             console.say(f"left out: {bad.reason}")
         report = gather(records, damaged)
-        compared = write_all(report, files, not no_pictures, progress)
+        compared = write_report(report, files, pictures=not no_pictures, progress=progress)
     for note in report.notes:
         console.say(f"note: {note}")
     if as_json:
-        written = {name: str(path) for name, path in files.items() if path is not None}
+        written = {kind: str(path) for kind, path in files.items()}
         console.print_json({**exporters.to_data(report, compared), "written": written})
         return
-    for path in filter(None, files.values()):
+    for path in files.values():
         console.say(f"Written to {path}")
-    if not any(files.values()):
+    if not files:
         show(report, compared)
 
 
-def write_all(
-    report: Report, files: dict[str, Path | None], pictures: bool, progress: ProgressCallback
-) -> dict[str, list[Comparisons]]:
-    """Compare the methods and write the files asked for; returns each section's comparisons."""
-    from adaptkit.storage import atomic_path
-    from adaptkit.sweeps.report import exporters
-    from adaptkit.sweeps.report.html import write_html
-    from adaptkit.sweeps.report.predictions import PredictionReader
-    from adaptkit.sweeps.report.significance import compare_report
-
-    reader = PredictionReader()
-    compared = compare_report(report, reader, progress)
-    writers = {"markdown": exporters.to_markdown, "latex": exporters.to_latex, "csv": exporters.to_csv}
-    for name, write in writers.items():
-        path = files.get(name)
-        if path is not None:
-            text = write(report, compared)
-            with atomic_path(path) as temporary:
-                temporary.write_text(text, encoding="utf-8", errors="replace")
-    html = files.get("html")
-    if html is not None:
-        write_html(html, report, compared, reader, pictures=pictures, progress=progress)
-    return compared
-
-
-def write_page(path: Path, records: Sequence[RunRecord], damaged: Sequence[BadRun], progress: ProgressCallback) -> None:
-    """The page alone, for `compare --html`."""
-    from adaptkit.sweeps.report.aggregate import gather
-
-    write_all(gather(records, damaged), {"html": path}, True, progress)
-
-
-def show(report: Report, compared: dict[str, list[Comparisons]]) -> None:
+def show(report: Report, compared: Compared) -> None:
     """The tables on the terminal."""
     from adaptkit.sweeps.report import exporters
 

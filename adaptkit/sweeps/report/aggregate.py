@@ -97,8 +97,9 @@ class Cell:
     @property
     def ece(self) -> float | None:
         """Mean calibration error over the runs' first part, where it was kept."""
-        found = [record.result.parts[0].metrics.get("ece") for record in self.runs]
-        return summarise(found).mean if all(isinstance(value, float) for value in found) else None
+        stored = [record.result.parts[0].metrics.get("ece") for record in self.runs]
+        found = [value for value in stored if isinstance(value, (int, float))]
+        return summarise(found).mean if len(found) == len(stored) else None
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class _Canvas:
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
-        self._style = mpl.rc_context({**_STYLE, "svg.hashsalt": name})
+        style: Any = {**_STYLE, "svg.hashsalt": name}
+        self._style = mpl.rc_context(style)
         self._name, self._size, self._panels, self._kind = name, (width, height), panels, Figure
 
     def __enter__(self) -> list[Axes]:

@@ -40,8 +40,8 @@ def _read(record: RunRecord) -> dict[str, Predictions]:
     arrays = {name: value.numpy() for name, value in read_safetensors(record.folder / PREDICTIONS_FILE).items()}
     found = {}
     for part in record.result.parts:
-        columns = [arrays.get(f"{part.name}.{name}") for name in _FIELDS]
-        if not all(column is not None and column.shape == (part.total,) for column in columns):
+        columns = [arrays[key] for name in _FIELDS if (key := f"{part.name}.{name}") in arrays]
+        if [column.shape for column in columns] != [(part.total,)] * len(_FIELDS):
             continue
         predictions = Predictions(part.name, *columns)
         classes = part.num_classes

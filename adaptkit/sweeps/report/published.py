@@ -220,7 +220,19 @@ class NotComparable:
 def load_published() -> tuple[Figure, ...]:
     """The whole table, in its order."""
     with open(Path(__file__).with_name("published.csv"), encoding="utf-8", newline="") as file:
-        return tuple(Figure(**{**row, "accuracy": float(row["accuracy"])}) for row in csv.DictReader(file))
+        return tuple(
+            Figure(
+                row["method"],
+                row["backbone"],
+                row["protocol"],
+                row["shots"],
+                row["dataset"],
+                row["split"],
+                float(row["accuracy"]),
+                row["source"],
+            )
+            for row in csv.DictReader(file)
+        )
 
 
 @lru_cache(maxsize=1)
@@ -315,8 +327,8 @@ def _figures(cell: Cell, measure: str) -> list[Figure]:
     if "source" not in cell.summaries:
         place = (key.method, key.protocol, key.dataset, MEASURES.get(measure, ""))
     elif measure == TARGET_AVERAGE:
-        wanted = {"cross-dataset": TEN_TARGETS, "domain-generalisation": FOUR_TARGETS}.get(key.protocol)
-        complete = set(cell.summaries) - {"source", TARGET_AVERAGE} == wanted
+        wanted = {"cross-dataset": TEN_TARGETS, "domain-generalisation": FOUR_TARGETS}.get(key.protocol, frozenset())
+        complete = cell.summaries.keys() - {"source", TARGET_AVERAGE} == wanted
         place = (key.method, key.protocol, AVERAGE if complete else "", "all")
     else:
         place = (key.method, key.protocol, key.dataset if measure == "source" else measure, "all")

@@ -85,7 +85,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
         >>> round(mcnemar(10, 2), 4)
         0.0225
     """
-    from scipy.stats import binom, binomtest
+    from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
 
     n = only_first + only_second
     if n == 0:

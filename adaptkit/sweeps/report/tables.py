@@ -110,7 +110,8 @@ def results_table(section: Section, compared: Sequence[Comparisons]) -> Table:
     columns += [Column("p", help=f"of no difference from the best, by {section.ranked_by}; corrected")]
     columns += [Column("ECE", help="calibration error of the first column's images, 15 bins"), Column("trained"),
                 Column("seconds", help="features, fitting and testing; stored features cost nothing")]  # fmt: skip
-    rows, breaks = [], set()
+    rows: list[tuple[Value, ...]] = []
+    breaks: set[int] = set()
     for group, found in zip(section.groups, compared, strict=True):
         breaks.add(len(rows))
         for cell in group.cells:
@@ -198,7 +199,8 @@ def averages_table(section: Section) -> Table | None:
     columns += [Column(n if n in _HELP else f"mean {n}", help=_AVERAGE_HELP.get(n, "")) for n in names]
     columns += [Column("p", help="of no difference from the best, over the datasets")] * tested
     columns += [Column(dataset, help=section.ranked_by) for dataset in datasets]
-    rows, breaks = [], set()
+    rows: list[tuple[Value, ...]] = []
+    breaks: set[int] = set()
     for shots, (averages, found) in compared.items():
         breaks.add(len(rows))
         for row in averages:
