@@ -76,7 +76,8 @@ def show(report: Report, compared: Compared) -> None:
     """The tables on the terminal."""
     from adaptkit.sweeps.report import exporters
 
-    for title, table in exporters.all_tables(report, compared):
+    for title, whole in exporters.all_tables(report, compared):
+        table = whole.narrow()
         left = [column.title for column in table.columns if not column.numeric]
         rows = [[value.marked for value in row] for row in table.rows]
         columns = [column.title for column in table.columns]

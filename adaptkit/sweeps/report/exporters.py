@@ -81,23 +81,22 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "±": r"$\pm$", "−": r"$-$", "≈": r"$\approx$", "●": r"$\bullet$", "–": "--", "·": r"$\cdot$", "×": r"$\times$",
 }  # fmt: skip
-_ORNAMENTS = ("p", "ECE", "trained", "seconds")
 
 
 def to_latex(report: Report, compared: Compared) -> str:
     """Tables for papers (booktabs): the best in bold, what can't be told from it underlined."""
     lines = ["% adaptkit report; needs \\usepackage{booktabs}"]
-    for title, table in all_tables(report, compared):
-        kept = [place for place, column in enumerate(table.columns) if column.title not in _ORNAMENTS]
-        columns = "".join("r" if table.columns[place].numeric else "l" for place in kept)
+    for title, whole in all_tables(report, compared):
+        table = whole.narrow()
+        columns = "".join("r" if column.numeric else "l" for column in table.columns)
         lines += ["", r"\begin{table}", r"\centering", rf"\caption{{{latex_text(f'{title}. {table.title}.')}}}"]
         lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-        lines.append(" & ".join(latex_text(table.columns[place].title) for place in kept) + r" \\")
+        lines.append(" & ".join(latex_text(column.title) for column in table.columns) + r" \\")
         lines.append(r"\midrule")
         for number, row in enumerate(table.rows):
             if number and number in table.breaks:
                 lines.append(r"\addlinespace")
-            lines.append(" & ".join(_latex_value(row[place].text, row[place].mark) for place in kept) + r" \\")
+            lines.append(" & ".join(_latex_value(value.text, value.mark) for value in row) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
         if table.caption:
             lines.append(f"% {' '.join(table.caption.split())}")

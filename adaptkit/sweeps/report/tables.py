@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adaptkit.sweeps.report.aggregate import (
     MEAN_OF_H,
@@ -37,12 +37,14 @@ class Column:
         numeric: Whether it is aligned right and sorts as numbers.
         filtered: Whether the page offers a choice of its values.
         help: What it means, where the head doesn't say.
+        side: Whether narrow places (a terminal, a paper) leave it out.
     """
 
     title: str
     numeric: bool = True
     filtered: bool = False
     help: str = ""
+    side: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ class Table:
     caption: str = ""
     breaks: frozenset[int] = frozenset()
 
+    def narrow(self) -> Table:
+        """The same without its side columns."""
+        kept = [place for place, column in enumerate(self.columns) if not column.side]
+        rows = tuple(tuple(row[place] for place in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[place] for place in kept), rows=rows)
+
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
@@ -107,9 +115,12 @@ def results_table(section: Section, compared: Sequence[Comparisons]) -> Table:
     columns += [Column("dataset", numeric=False, filtered=True)] * several + [Column("shots", filtered=True)] * varied
     columns += [Column(name, help=_HELP.get(name, "")) for name in section.measures]
     columns += [Column("n", help="seeds"), Column("gain", help=f"over zero-shot, by {section.ranked_by}")]
-    columns += [Column("p", help=f"of no difference from the best, by {section.ranked_by}; corrected")]
-    columns += [Column("ECE", help="calibration error of the first column's images, 15 bins"), Column("trained"),
-                Column("seconds", help="features, fitting and testing; stored features cost nothing")]  # fmt: skip
+    columns += [
+        Column("p", help=f"of no difference from the best, by {section.ranked_by}; corrected", side=True),
+        Column("ECE", help="calibration error on the images of the first measure, 15 bins", side=True),
+        Column("trained", help="numbers", side=True),
+        Column("seconds", help="features, fitting and testing; stored features cost nothing", side=True),
+    ]
     rows: list[tuple[Value, ...]] = []
     breaks: set[int] = set()
     for group, found in zip(section.groups, compared, strict=True):
@@ -197,7 +208,7 @@ def averages_table(section: Section) -> Table | None:
     columns = [Column("method", numeric=False, filtered=len(counts) > 1)]
     columns += [Column("shots", filtered=True)] * (len(counts) > 1)
     columns += [Column(n if n in _HELP else f"mean {n}", help=_AVERAGE_HELP.get(n, "")) for n in names]
-    columns += [Column("p", help="of no difference from the best, over the datasets")] * tested
+    columns += [Column("p", help="of no difference from the best, over the datasets", side=True)] * tested
     columns += [Column(dataset, help=section.ranked_by) for dataset in datasets]
     rows: list[tuple[Value, ...]] = []
     breaks: set[int] = set()
