@@ -315,7 +315,7 @@ def _cell_beside(group: Group, cell: Cell) -> tuple[list[Beside], str]:
             elif value is not None:
                 summary = cell.summaries.get(measure)
                 width = None if summary is None else summary.half_width
-                dataset = key.dataset if measure in MEASURES else measure
+                dataset = key.dataset if measure in MEASURES or measure == "source" else measure
                 cautions = tuple(_cautions(cell, figure))
                 found.append(Beside(cell, dataset, measure, value, width, len(cell.runs), figure, cautions))
     return found, "" if found else next(iter(obstacles), "")

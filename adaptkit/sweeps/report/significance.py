@@ -131,9 +131,14 @@ def bootstrap_datasets(differences: Sequence[float]) -> float | None:
 
 
 def _two_sided(differences: Floats) -> float:
-    """Twice the smaller share of draws on one side of zero; one draw is added, so that no p-value is zero."""
-    below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
-    return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
+    """Twice the smaller share of draws on one side of zero; draws of exactly zero count half on each side.
+
+    One draw is added, so that no p-value is zero.
+    """
+    even = np.abs(differences) < 1e-12
+    below = float((even / 2 + (~even & (differences < 0))).sum())
+    smaller = min(below, len(differences) - below)
+    return min(1.0, 2 * (smaller + 1) / (len(differences) + 1))
 
 
 def combine_seeds(p_values: Sequence[float]) -> float:
