@@ -81,7 +81,12 @@ engine_options = apply(
 data_options = apply(
     [
         click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders."),
-        click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble."),
+        click.option(
+            "--template",
+            "templates",
+            multiple=True,
+            help="Prompt with one {}; repeat for an ensemble, or @FILE with one a line.",
+        ),
         click.option(
             "--sampler",
             default="coop",
@@ -105,12 +110,46 @@ protocol_options = apply(
     [
         click.option(
             "--protocol",
-            type=click.Choice(["few-shot", "base-to-novel"]),
+            type=click.Choice(["few-shot", "base-to-novel", "cross-dataset", "domain-generalisation"]),
             default="few-shot",
             show_default=True,
-            help="few-shot: all classes; base-to-novel: train on half of them, test on both halves.",
+            help="few-shot: all classes; base-to-novel: train on half of them, test on both halves; cross-dataset:"
+            " train once, test on other datasets; domain-generalisation: train once, test on shifted versions.",
         ),
         click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Images per class."),
+        click.option(
+            "--targets",
+            type=NameList(),
+            default=(),
+            help="Datasets to test on without further training, a,b,c [default: the usual ones of imagenet, shapes].",
+        ),
+        click.option(
+            "--masking",
+            type=click.Choice(["logits", "names"]),
+            default="logits",
+            show_default=True,
+            help="How a shifted dataset's candidates are kept to its classes: all logits, the others dropped; or its"
+            " names alone.",
+        ),
+        click.option(
+            "--joint", is_flag=True, help="base-to-novel: all classes are candidates for every image (marked)."
+        ),
+        click.option("--class-split", type=int, metavar="SEED", help="base-to-novel: halves drawn at random (marked)."),
+        click.option(
+            "--class-order",
+            type=click.Path(dir_okay=False),
+            help="base-to-novel: text file of all class names, whose first half is base (marked).",
+        ),
+        click.option(
+            "--base-classes",
+            type=click.Path(dir_okay=False),
+            help="base-to-novel: text file of the base classes' names (marked).",
+        ),
+        click.option(
+            "--novel-classes",
+            type=click.Path(dir_okay=False),
+            help="The same for the novel ones [default: all others].",
+        ),
     ]
 )
 descriptions_options = apply(

@@ -67,7 +67,7 @@ def command(
     if as_json:
         console.print_json({"folder": str(target), "best": best.key.method, "runs": [_runs.summary(r) for r in ranked]})
         return
-    show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
+    show(ranked, _runs.settings_line(ranked[0]))
     console.say(f"Best adapter ({best.key.method}) saved: adaptkit predict {target / BEST} IMAGE")
     if html:
         console.say(f"Report written to {html}")
@@ -141,8 +141,8 @@ def show(ranked: list[RunResult], title: str) -> None:
         cells = ["–" if zero else str(place), result.key.method, *_runs.scores(result), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
     starred = any(part.fallback for result in ranked for part in result.parts)
-    note = "* zero-shot: the method has no answer of its own for novel classes" if starred else ""
-    console.print_table(title, columns, rows, left=["", "method"], note=note)
+    note = "* zero-shot: the method has no answer of its own for classes it never saw" if starred else ""
+    console.print_table(title, columns, rows, left=["", "method"], note=note, wide=True)
     for warning in dict.fromkeys(
         warning for result in ranked for warning in result.warnings if ": zero-shot" not in warning
     ):

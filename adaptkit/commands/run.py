@@ -70,7 +70,11 @@ def command(
         console.count(result.trained_parameters),
         f"{sum(result.seconds.values()):.1f}",
     ]
-    console.print_table(_runs.settings_line(options, task.dataset.name), columns, [row], left=["method"])
+    title = _runs.settings_line(result)
+    if result.targets:  # many columns for one row: printed upright
+        console.print_table(title, columns[:1] + row[:1], list(zip(columns[1:], row[1:], strict=True)), left=["method"])
+    else:
+        console.print_table(title, columns, [row], left=["method"])
     for warning in result.warnings:
         console.say(f"note: {warning}")
     console.say(f"Written to {target}; predict with: adaptkit predict {target} IMAGE")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.config import check_templates
+from adaptkit.data.lists import read_lines
 from adaptkit.types import DEFAULT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -38,6 +39,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def templates_for(name: str) -> tuple[str, ...]:
     """The templates of a dataset by its registry name, the default ones for any other."""
     return TEMPLATES.get(name, DEFAULT_TEMPLATES)
+
+
+def read_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    """Templates as they were given, an "@FILE" among them replaced by the file's lines.
+
+    Raises:
+        MissingPathError: No such file.
+        DataError: It can't be read, or holds nothing.
+        ConfigError: A template without exactly one `{}`.
+    """
+    found: list[str] = []
+    for text in templates:
+        found += read_lines(text[1:], "template") if text.startswith("@") and "{" not in text else [text]
+    return check_templates(found) if found else ()
 
 
 def display_name(stored: str) -> str:

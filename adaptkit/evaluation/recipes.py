@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from adaptkit.config import from_mapping, load_yaml, parse_overrides
 from adaptkit.errors import ConfigError, MissingPathError, UnknownNameError
@@ -20,8 +21,13 @@ from adaptkit.types import TrainingSettings
 if TYPE_CHECKING:
     from adaptkit.methods.base import Method, MethodConfig
 
-ProtocolName = Literal["few-shot", "base-to-novel"]
-PROTOCOLS: tuple[ProtocolName, ...] = ("few-shot", "base-to-novel")
+ProtocolName = Literal["few-shot", "base-to-novel", "cross-dataset", "domain-generalisation"]
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+
+STAND_INS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cross-dataset": ("few-shot",), "domain-generalisation": ("cross-dataset", "few-shot")}
+)
+"""Protocols that train as another one does, and may take its recipes: the first that there is."""
 
 TunedOn = Literal["none", "val", "test", "per-dataset-config"]
 TemplateUse = Literal["dataset", "recipe", "learned", "none"]
@@ -59,7 +65,7 @@ class Recipe:
     Args:
         name: "coop/few-shot", or the path of a file of one's own.
         method: Registered name of the method.
-        protocol: "few-shot" or "base-to-novel".
+        protocol: One of `PROTOCOLS`.
         summary: What it does, one sentence.
         source: Where the settings come from.
         shots: Images per class that the source reports on.
@@ -68,6 +74,7 @@ class Recipe:
         training: Fields of `TrainingSettings`.
         by_shots: What differs for a number of shots; counts between two entries take the lower one's.
         by_dataset: What differs for a dataset.
+        by_target: What the method is set to while it answers for a target, after training (its `settable` settings).
         templates: Zero-shot templates that replace the dataset's own, where `template_use` is "recipe".
         template_use: What text the classes are described with: the dataset's own templates, those of the recipe, a
             learned context in place of any, or none.
@@ -85,6 +92,7 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
     by_shots: Mapping[int, Layer] = field(default_factory=dict)
     by_dataset: Mapping[str, Layer] = field(default_factory=dict)
+    by_target: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
     template_use: TemplateUse = "dataset"
     tuned_on: TunedOn = "none"
@@ -108,19 +116,33 @@ class Recipe:
         own = {_plain(name): layer for name, layer in self.by_dataset.items()}
         if dataset is not None and _plain(dataset) in own:
             yield f"recipe {self.name}, dataset {dataset}", own[_plain(dataset)]
-        elif self.tuned_on == "per-dataset-config":
+        elif self.tuned_on == "per-dataset-config" and self.by_dataset:
             raise ConfigError(
                 f"Recipe {self.name!r} has settings for {', '.join(self.by_dataset)} only, none for {dataset!r}: choose"
                 f" another recipe of {self.method}, or --set what you need."
             )
 
+    def for_target(self, target: str) -> Mapping[str, Any]:
+        """What the method is set to while it answers for a target.
+
+        Raises:
+            ConfigError: The recipe has settings per target, and none for this one.
+        """
+        own = {_plain(name): settings for name, settings in self.by_target.items()}
+        if own and _plain(target) not in own:
+            raise ConfigError(
+                f"Recipe {self.name!r} has settings for the targets {', '.join(self.by_target)} only, none for"
+                f" {target!r}: leave that target out, or choose another recipe of {self.method}."
+            )
+        return own.get(_plain(target), {})
+
     def check_fits(self, method: str, protocol: str) -> None:
-        """Refuse the recipe for another method or protocol.
+        """Refuse the recipe for another method, or a protocol that trains otherwise.
 
         Raises:
             ConfigError: It was written for others.
         """
-        if (self.method, self.protocol) != (method, protocol):
+        if self.method != method or self.protocol not in (protocol, *STAND_INS.get(protocol, ())):
             raise ConfigError(
                 f"Recipe {self.name!r} is for {self.method} with {self.protocol}, not for {method} with {protocol}."
                 " 'adaptkit list recipes' shows which there are."

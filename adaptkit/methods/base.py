@@ -19,6 +19,7 @@ from adaptkit.types import (
     FitTask,
     Inputs,
     NovelClasses,
+    OtherDataset,
     ProgressCallback,
     Reads,
     TrainingLoop,
@@ -73,6 +74,11 @@ class Method(nn.Module):
         scores_by_class_list: Whether a class's logits depend on which other classes are asked for (APE chooses its
             channels for a list of classes); usually a subset's logits are those of all, picked out.
         tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
+        mixes_classes: Whether it can choose between fitted classes and others; where it answers others zero-shot, it
+            never can.
+        settable: Settings that another dataset may have values of its own for (see `OtherDataset`).
+        other: What is known of the other dataset that the current classes and the images belong to; None for the one it
+            was fitted on.
     """
 
     name: ClassVar[str]
@@ -85,6 +91,9 @@ class Method(nn.Module):
     transductive: ClassVar[bool] = False
     scores_by_class_list: ClassVar[bool] = False
     tunes_towers: ClassVar[bool] = False
+    mixes_classes: ClassVar[bool] = True
+    settable: ClassVar[tuple[str, ...]] = ()
+    other: OtherDataset | None = None
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
@@ -115,7 +124,9 @@ class Method(nn.Module):
         self._require_descriptions(self.fitted_names)
         self.uses_fallback = False
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
+        self._text_changes, given = 0, self.templates  # the first counts changes of templates and descriptions
         self.build()
+        self._own = (self.templates, self.descriptions, self.templates == given)
         self.to(backbone.device)
         self.set_classes(class_names)
         self.eval()  # only a training loop puts it into training mode
@@ -187,39 +198,65 @@ class Method(nn.Module):
 
     # --- what every method has ----------------------------------------------------------------------------------------
 
-    def set_classes(self, names: Sequence[str]) -> Method:
+    def set_classes(self, names: Sequence[str], other: OtherDataset | None = None) -> Method:
         """Predict among `names` from now on; returns itself.
 
         A subset of the fitted classes is always served by what was learned. What happens with others depends on
         `novel_classes`: they are served ("open"), all predictions become zero-shot and `uses_fallback` is set
         ("zero-shot"), or they are refused ("refused").
 
+        Args:
+            names: The classes, in the order of the logits.
+            other: The dataset that the classes and the images belong to, where it isn't the one fitted on. Classes that
+                happen to be called like fitted ones may then stand beside others: all of them count as new.
+
         Raises:
             UnsupportedError: Novel classes for a method that refuses them, or fitted and novel classes mixed for a
                 method whose scores for the two aren't comparable.
+            ConfigError: `other` has settings that this method can't take.
         """
         names = check_names(names)
-        self._require_descriptions(names)
-        novel = [name for name in names if name not in set(self.fitted_names)]
-        if novel and self.novel_classes == "refused":
-            raise UnsupportedError(
-                f"{self.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
-                " fit it on these classes, or choose an open-vocabulary method."
-            )
-        mixed = novel and len(novel) < len(names)
-        if mixed and self.novel_classes == "zero-shot":
-            raise UnsupportedError(
-                f"{self.name} scores fitted classes and zero-shot ones on different scales, so it can't choose between"
-                f" {names[0]!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
-            )
-        before = (self.class_names, self.uses_fallback)
-        self.class_names, self.uses_fallback = names, bool(novel) and self.novel_classes == "zero-shot"
+        before = (self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions)
+        self._describe(other)
         try:
+            self._require_descriptions(names)
+            novel = check_novel(type(self), self.fitted_names, names, other is not None, self.novel_classes)
+            self.class_names, self.uses_fallback = names, novel and self.novel_classes == "zero-shot"
             self.classes_changed()
         except Exception:  # a name that doesn't fit, for one: go on with the classes from before
-            self.class_names, self.uses_fallback = before
+            self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions = before
+            self._text_changes += 1
             raise
         return self
+
+    def _describe(self, other: OtherDataset | None) -> None:
+        """Take the other dataset's texts, or one's own again."""
+        if other is self.other:
+            return
+        templates, descriptions, replaceable = self._own
+        if other is not None:
+            unknown = sorted(set(other.settings) - set(self.settable))
+            if unknown:
+                raise ConfigError(
+                    f"{self.name} takes no {unknown[0]!r} for another dataset; it takes"
+                    f" {', '.join(self.settable) or 'no settings there'}."
+                )
+            templates = check_templates(other.templates) if replaceable else templates
+            reads = self.reads_descriptions != "never"
+            descriptions = check_descriptions(other.descriptions) if reads else descriptions
+        self.other, self.templates, self.descriptions = other, templates, descriptions
+        self._text_changes += 1
+
+    @property
+    def texts_key(self) -> tuple[Any, ...]:
+        """Names whatever is made of the current classes' names, templates and descriptions, and kept."""
+        return (self.class_names, self._text_changes, self.backbone.device)
+
+    @property
+    def all_novel(self) -> bool:
+        """Whether every current class counts as new."""
+        novel = [name not in set(self.fitted_names) for name in self.class_names]
+        return all(novel) or (self.other is not None and any(novel))
 
     def _require_descriptions(self, names: Sequence[str]) -> None:
         """Refuse classes that no sentence describes, for methods that need them."""
@@ -244,7 +281,7 @@ class Method(nn.Module):
 
     def zero_shot(self) -> Tensor:
         """The zero-shot classifier [classes, dim] of the current classes, unit rows; remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._zero_shot_memo is None or self._zero_shot_memo[0] != key:
             # made in inference mode, or in half precision, it couldn't serve training
             exact = torch.autocast(self.backbone.device.type, enabled=False)
@@ -320,6 +357,41 @@ class Method(nn.Module):
                 )
             own[key] = state[found].to(value.device, value.dtype)
         self.load_adapter_state(own)
+
+
+def check_novel(
+    kind: type[Method],
+    fitted: Sequence[str],
+    names: Sequence[str],
+    elsewhere: bool = False,
+    novel_classes: NovelClasses | None = None,
+) -> bool:
+    """Whether a method answers `names` as classes it wasn't fitted on.
+
+    Args:
+        kind: The method.
+        fitted: The classes it is fitted on.
+        names: The classes it is asked for.
+        elsewhere: Whether they belong to another dataset.
+        novel_classes: What an instance does with novel classes; None for the kind's usual answer.
+
+    Raises:
+        UnsupportedError: It refuses them, or can't choose between fitted classes and others.
+    """
+    does, known = novel_classes or kind.novel_classes, set(fitted)
+    novel = [name for name in names if name not in known]
+    if novel and does == "refused":
+        raise UnsupportedError(
+            f"{kind.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
+            " fit it on these classes, or choose an open-vocabulary method."
+        )
+    if 0 < len(novel) < len(names) and not elsewhere and (does == "zero-shot" or not kind.mixes_classes):
+        own = next(name for name in names if name in known)
+        raise UnsupportedError(
+            f"{kind.name} scores the classes it was fitted on and others on different scales, so it can't choose"
+            f" between {own!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
+        )
+    return bool(novel)
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -237,7 +237,7 @@ class WaffleCLIP(DescribedMethod, ClassWeightMethod):
 
     def class_weights(self) -> Tensor:
         """The mean of unit sentence features, [classes, dim]; unit rows only where they are merged."""
-        key = (self.class_names, self.backbone.device, int(self.repetition))
+        key = (self.texts_key, int(self.repetition))
         if self._rows is None or self._rows[0] != key:
             means = unit_means(self.class_sentence_features(list(self.sentences().values())))
             self._rows = (key, F.normalize(means, dim=-1) if self.config.aggregation == "merged" else means)
