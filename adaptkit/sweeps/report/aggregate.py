@@ -12,21 +12,19 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.evaluation.metrics import BaseToNovel, average_base_to_novel, harmonic_mean
-from adaptkit.evaluation.results import SCHEMA_VERSION, RunKey, RunResult
+from adaptkit.evaluation.results import SCHEMA_VERSION, SOURCE, RunKey, RunResult
 from adaptkit.evaluation.statistics import Summary, summarise
 from adaptkit.storage import digest_json
 from adaptkit.sweeps.results import BadRun, RunRecord
 
 ZERO_SHOT = "zero-shot"
 ACCURACY, H, MEAN_OF_H, TARGET_AVERAGE = "accuracy", "H of means", "mean of H", "target average"
-VARIANT_SETTINGS = ("joint", "class_split", "class_names", "masking")
-"""Settings of a key that make another protocol of it; each is said in the section's title."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +229,8 @@ def measures(result: RunResult) -> dict[str, float]:
              for part in result.parts}  # fmt: skip
     if "base" in found and "novel" in found:
         found[MEAN_OF_H] = harmonic_mean(found["base"], found["novel"])
-    targets = [value for name, value in found.items() if name != "source"]
-    if "source" in found and targets:
-        found[TARGET_AVERAGE] = sum(targets) / len(targets)
+    if result.target_average is not None:
+        found[TARGET_AVERAGE] = result.target_average
     return found
 
 
@@ -251,7 +248,7 @@ def ranking_measure(result: RunResult) -> str:
     return next(iter(found))
 
 
-_ORDER = {name: place for place, name in enumerate((ACCURACY, "source", "base", "novel", H, MEAN_OF_H, "all"))}
+_ORDER = {name: place for place, name in enumerate((ACCURACY, SOURCE, "base", "novel", H, MEAN_OF_H, "all"))}
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
@@ -357,15 +354,11 @@ def _section_key(result: RunResult) -> tuple[Any, ...]:
 
 
 def _variants(key: RunKey) -> tuple[str, ...]:
-    """What makes the protocol another one, in words."""
-    found = []
-    for name in VARIANT_SETTINGS:
-        value = key.settings.get(name)
-        if value is None or value is False:
-            continue
-        what = name.replace("_", " ")
-        found.append(what if value is True else f"{what} {value if isinstance(value, int) else _short(value)}")
-    return tuple(found)
+    """How the task differs from the published protocol, in words; other class lists are another protocol."""
+    # settings per target are a method's, not the task's: such runs stand beside the others
+    of_task = {name: value for name, value in key.settings.items() if name != "target_settings"}
+    marks = replace(key, settings=of_task).marks
+    return (*marks, *([f"lists {_short(of_task['class_halves'])}"] if "class_halves" in of_task else []))
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from adaptkit.errors import AdaptKitError
-from adaptkit.evaluation.results import Predictions
+from adaptkit.evaluation.results import SOURCE, Predictions
 from adaptkit.evaluation.tasks import Task, load_task
 from adaptkit.sweeps.report.aggregate import Cell, Group
 from adaptkit.sweeps.report.plots import Pairs
@@ -84,7 +84,7 @@ class Images:
             for tested in self._task.parts:
                 if tested.name == part and len(tested.split.class_names) == classes:
                     return list(tested.split.class_names)
-        if part in ("all", "base", "source") and len(self._result.class_names) == classes:
+        if part in ("all", "base", SOURCE) and len(self._result.class_names) == classes:
             return list(self._result.class_names)
         return [f"{part} class {number}" for number in range(classes)]
 
@@ -119,7 +119,7 @@ def data_address(image: Image.Image) -> str:
 
 def kind_of(part: str) -> str:
     """How a part is called where targets are taken together."""
-    return part if part in ("all", "base", "novel", "source") else "targets"
+    return part if part in ("all", "base", "novel", SOURCE) else "targets"
 
 
 def confidence_pairs(cell: Cell, reader: PredictionReader) -> dict[str, Pairs]:

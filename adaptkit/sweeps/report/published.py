@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from adaptkit.evaluation.results import RunResult
+from adaptkit.evaluation.results import SOURCE, RunResult
 from adaptkit.sweeps.report.aggregate import (
     ACCURACY,
     MEAN_OF_H,
@@ -286,17 +286,15 @@ def group_obstacle(section: Section, group: Group) -> str:
 
 def split_obstacle(result: RunResult) -> str:
     """Why a run's data isn't that of the papers; "" where it is."""
-    source = result.dataset.get("source", {})
-    notes = [str(note) for note in result.dataset.get("notes", ())]
     if is_embedded(result):
         return "embedded data, which has no published figures"
-    if source.get("kind") in ("folder", "csv", "torch"):
+    source = result.dataset.get("source", {})
+    notes = [str(note) for note in result.dataset.get("notes", ())]
+    split = source.get("split") or ("published" if source.get("kind") == "json" else "own")
+    if split == "own" or any(note.startswith("own split") for note in notes):
         return "own split: the published lists weren't used"
-    for note in notes:
-        if note.startswith("own split"):
-            return "own split: the published lists weren't used"
-        if "isn't the published file" in note:
-            return "other split: the split file isn't the published one"
+    if split != "published" or any("isn't the published file" in note for note in notes):
+        return "other split: the split file isn't the published one"
     spec = spec_of(result)
     if spec is not None and spec.skip_unreadable and any("unreadable images left out" in note for note in notes):
         return "images were left out as unreadable"
@@ -309,13 +307,13 @@ def _cell_beside(group: Group, cell: Cell) -> tuple[list[Beside], str]:
     for measure in (name for name in group.measures if name != MEAN_OF_H):
         value = cell.value(measure)
         for figure in _figures(cell, measure):
-            why = figure_obstacle(cell, figure)
+            why = figure_obstacle(cell, figure) or target_obstacle(cell, measure)
             if why:
                 obstacles.append(why)
             elif value is not None:
                 summary = cell.summaries.get(measure)
                 width = None if summary is None else summary.half_width
-                dataset = key.dataset if measure in MEASURES or measure == "source" else measure
+                dataset = key.dataset if measure in MEASURES or measure == SOURCE else measure
                 cautions = tuple(_cautions(cell, figure))
                 found.append(Beside(cell, dataset, measure, value, width, len(cell.runs), figure, cautions))
     return found, "" if found else next(iter(obstacles), "")
@@ -324,14 +322,14 @@ def _cell_beside(group: Group, cell: Cell) -> tuple[list[Beside], str]:
 def _figures(cell: Cell, measure: str) -> list[Figure]:
     """Every published figure for a cell's method, dataset and measure, whatever the backbone and the shots."""
     key = cell.key
-    if "source" not in cell.summaries:
+    if SOURCE not in cell.summaries:
         place = (key.method, key.protocol, key.dataset, MEASURES.get(measure, ""))
     elif measure == TARGET_AVERAGE:
         wanted = {"cross-dataset": TEN_TARGETS, "domain-generalisation": FOUR_TARGETS}.get(key.protocol, frozenset())
-        complete = cell.summaries.keys() - {"source", TARGET_AVERAGE} == wanted
+        complete = cell.summaries.keys() - {SOURCE, TARGET_AVERAGE} == wanted
         place = (key.method, key.protocol, AVERAGE if complete else "", "all")
     else:
-        place = (key.method, key.protocol, key.dataset if measure == "source" else measure, "all")
+        place = (key.method, key.protocol, key.dataset if measure == SOURCE else measure, "all")
     return _by_place().get(place, [])
 
 
@@ -352,6 +350,19 @@ def figure_obstacle(cell: Cell, figure: Figure) -> str:
     return ""
 
 
+def target_obstacle(cell: Cell, measure: str) -> str:
+    """Why a target's accuracy, or their average, may not be compared; "" where it may."""
+    targets = [part.name for part in cell.first.targets if measure in (part.name, TARGET_AVERAGE)]
+    spec = spec_of(cell.first)
+    for target in targets:
+        said = [text for text in cell.first.warnings if text.startswith(f"{target}: ")]
+        if any("own split" in text or "isn't the published file" in text for text in said):
+            return f"own or other split of {target}"
+        if spec is not None and target not in spec.all_targets:
+            return f"{target} wasn't asked for by its name, so that its split isn't known"
+    return ""
+
+
 def _cautions(cell: Cell, figure: Figure) -> Iterator[str]:
     result = cell.first
     if figure.method != "CLIP" and METHODS[figure.method] != figure.method.lower():
@@ -366,6 +377,8 @@ def _cautions(cell: Cell, figure: Figure) -> Iterator[str]:
         yield f"our seeds: {', '.join(map(str, cell.seeds))}"
     if result.tuned_on == "per-dataset-config":
         yield "our settings are chosen per dataset, as the paper's"
+    if "target_settings" in cell.key.settings:
+        yield "our settings were chosen for each target"
     spec = spec_of(result)
     if spec is not None and (spec.templates or spec.display_names):
         yield "our templates or class names"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptkit.errors import DataError
-from adaptkit.evaluation.results import Predictions
+from adaptkit.evaluation.results import SOURCE, Predictions
 from adaptkit.sweeps.report.aggregate import (
     ACCURACY,
     MEAN_OF_H,
@@ -276,7 +276,7 @@ def _parts_of(measure: str, parts: Sequence[str]) -> list[str]:
     if measure == H:
         return ["base", "novel"]
     if measure == TARGET_AVERAGE:
-        return [name for name in parts if name != "source"]
+        return [name for name in parts if name != SOURCE]
     return ["all"] if measure == ACCURACY and "all" in parts else [name for name in parts if name == measure]
 
 

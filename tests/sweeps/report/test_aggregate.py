@@ -66,8 +66,8 @@ def test_protocols_backbones_and_their_variants_are_apart(tmp_path):
     titles = [section.title for section in gather(runs).sections]
     assert sorted(titles) == [
         "base-to-novel · mini",
-        "base-to-novel, class split 3 · mini",
-        "base-to-novel, joint · mini",
+        "base-to-novel, joint: all classes are candidates for every image · mini",
+        "base-to-novel, random class split (seed 3) · mini",
         "few-shot · ViT-B-16/openai",
         "few-shot · mini",
     ]
