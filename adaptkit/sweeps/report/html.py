@@ -174,9 +174,13 @@ def _section(
         "sentences": list(_sentences(section, compared)),
         "tables": [*([averages] if averages else []), results_table(section, compared)],
         "plots": drawn,
-        "legend": [{"svg": plots.swatch(style[label]), "label": label} for label in section.labels] if drawn else [],
+        "legend": _legend(section.anchor, style) if drawn else [],
         "groups": groups,
     }
+
+
+def _legend(name: str, style: Mapping[str, plots.Look]) -> list[dict[str, str]]:
+    return [{"svg": plots.swatch(f"{name} {label}", look), "label": label} for label, look in style.items()]
 
 
 def _sentences(section: Section, compared: Sequence[Comparisons]) -> Iterator[str]:
@@ -233,7 +237,7 @@ def _group(section: Section, group: Group, reader: PredictionReader, pictures: b
         "method": best.label,
         "reliability": plots.reliability(f"reliability {name}", group, panels) if panels else None,
         "gains": plots.class_gains(f"gains {name}", group, best, gains) if gains else None,
-        "kinds": [{"svg": plots.swatch(look), "label": kind} for kind, look in plots.looks(kinds).items()],
+        "kinds": _legend(name, plots.looks(kinds)) if len(kinds) > 1 else [],
         "confusions": pairs,
         "sentences": sentences,
     }

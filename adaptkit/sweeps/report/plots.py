@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaptkit.evaluation.metrics import DEFAULT_BINS, calibration_error
+from adaptkit.storage import digest_json
 from adaptkit.sweeps.report.aggregate import ZERO_SHOT, Cell, Group, Section, averages_of, shots_text
 
 if TYPE_CHECKING:
@@ -125,16 +126,17 @@ def _svg(figure: Figure, name: str) -> str:
     for place, colour in enumerate(COLOURS):
         body = body.replace(colour, f"var(--c{place})")
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)  # the page's own font
-    # names of clip paths and markers are a page's, so that each figure's need their own
-    mark = re.sub(r"[^a-z0-9]+", "-", name.lower())
-    body = re.sub(r'(id="|href="#|url\(#)', rf"\1{mark}-", body)
+    # names are a page's: those that are referred to get one of the figure's own, the others go
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
+    body = re.sub(r' id="([^"]+)"', lambda found: found.group() if found.group(1) in used else "", body)
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>svg-{digest_json(name)[:8]}-", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return f'<svg viewBox="{box.group(1) if box else "0 0 324 223"}" aria-hidden="true">{body}'
 
 
-def swatch(look: Look) -> str:
-    """The marker of a legend's line, as SVG."""
-    with (canvas := _Canvas("swatch", 0.28, 0.2)) as (axes,):
+def swatch(name: str, look: Look) -> str:
+    """The marker of a legend's line, as SVG; `name` names the figure."""
+    with (canvas := _Canvas(f"swatch {name}", 0.28, 0.2)) as (axes,):
         axes.set_axis_off()
         axes.plot([0, 1, 2], [0, 0, 0], color=look.colour)
         axes.plot([1], [0], color=look.colour, marker=look.marker)

@@ -67,7 +67,8 @@ def record(
 
 def part_of(name: str, labels: np.ndarray, predicted: np.ndarray, classes: int) -> PartResult:
     per_class = tuple(
-        (int(((labels == label) & (predicted == label)).sum()), int((labels == label).sum())) for label in range(classes)
+        (int(((labels == label) & (predicted == label)).sum()), int((labels == label).sum()))
+        for label in range(classes)
     )
     correct = int((labels == predicted).sum())
     return PartResult(name, classes, correct, len(labels), {"accuracy": correct / len(labels), "ece": 0.1}, per_class)

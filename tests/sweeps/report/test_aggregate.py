@@ -9,9 +9,9 @@ from adaptkit.evaluation.metrics import average_base_to_novel, harmonic_mean
 from adaptkit.evaluation.statistics import summarise
 from adaptkit.sweeps.report.aggregate import (
     ACCURACY,
-    H,
     MEAN_OF_H,
     TARGET_AVERAGE,
+    H,
     averages_of,
     gather,
     measures,
@@ -81,7 +81,10 @@ def test_variants_of_a_method_are_told_apart_by_what_differs(tmp_path):
             "changes": {"origins": {"training.epochs": "--set", "training.lr": "default"}},
         }
 
-    plain = {"settings": {"training": {"epochs": 50, "lr": 0.1}}, "changes": {"origins": {"training.epochs": "default"}}}
+    plain = {
+        "settings": {"training": {"epochs": 50, "lr": 0.1}},
+        "changes": {"origins": {"training.epochs": "default"}},
+    }
     runs = [
         record(tmp_path, **plain),
         record(tmp_path, **own(5)),

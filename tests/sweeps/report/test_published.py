@@ -132,7 +132,12 @@ def test_what_else_differs_is_a_caution(tmp_path):
     run = record(tmp_path, "coop", BOTH, settings={"training": {"epochs": 5}}, changes=facts, seed=4, **B2N)
     found, _ = beside([run])
     said = "; ".join(found[0].cautions)
-    for part in ("our settings: training.epochs=5", "our recipe: coop/base-to-novel-quick", "our seeds: 4", "per dataset"):
+    for part in (
+        "our settings: training.epochs=5",
+        "our recipe: coop/base-to-novel-quick",
+        "our seeds: 4",
+        "per dataset",
+    ):
         assert part in said
 
 
@@ -171,5 +176,7 @@ def test_targets_compare_one_by_one_and_their_average_when_complete(tmp_path):
     assert by_name["imagenet"] == 71.51
     assert by_name["target average"] == 63.88
     del accuracy["ucf101"]
-    found, _ = beside([record(tmp_path, "coop", accuracy, settings={"targets": dict.fromkeys(targets[:-1], "x")}, **facts)])
+    found, _ = beside(
+        [record(tmp_path, "coop", accuracy, settings={"targets": dict.fromkeys(targets[:-1], "x")}, **facts)]
+    )
     assert "target average" not in {item.dataset for item in found}

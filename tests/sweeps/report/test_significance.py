@@ -8,7 +8,7 @@ import pytest
 
 from adaptkit.errors import DataError
 from adaptkit.evaluation.results import Predictions
-from adaptkit.sweeps.report.aggregate import ACCURACY, H, TARGET_AVERAGE, averages_of, gather
+from adaptkit.sweeps.report.aggregate import ACCURACY, TARGET_AVERAGE, H, averages_of, gather
 from adaptkit.sweeps.report.predictions import PredictionReader
 from adaptkit.sweeps.report.significance import (
     bootstrap_datasets,
@@ -28,7 +28,9 @@ B2N = {"protocol": "base-to-novel", "shots": 16}
 
 def made(hits: list[int], labels: list[int] | None = None) -> Predictions:
     true = np.array(labels or [0] * len(hits))
-    return Predictions("all", np.arange(len(hits)), true, np.where(np.array(hits) == 1, true, true + 1), np.ones(len(hits)))
+    return Predictions(
+        "all", np.arange(len(hits)), true, np.where(np.array(hits) == 1, true, true + 1), np.ones(len(hits))
+    )
 
 
 # --- single tests -----------------------------------------------------------------------------------------------------
@@ -104,7 +106,10 @@ def test_clear_differences_are_no_ties_and_close_ones_are(tmp_path):
 
 def test_h_and_target_averages_are_tested_too(tmp_path):
     good, bad = {"base": 0.95, "novel": 0.9}, {"base": 0.95, "novel": 0.4}
-    runs = [*seeds(tmp_path, "coop", [good] * 2, images=200, **B2N), *seeds(tmp_path, "maple", [bad] * 2, images=200, **B2N)]
+    runs = [
+        *seeds(tmp_path, "coop", [good] * 2, images=200, **B2N),
+        *seeds(tmp_path, "maple", [bad] * 2, images=200, **B2N),
+    ]
     _, (found,), _ = compared(runs)
     assert not found["maple", H].tie
     assert found["maple", "novel"].p < 0.001
@@ -134,10 +139,16 @@ def test_zero_shot_of_one_seed_stands_for_all(tmp_path):
 
 
 def test_a_seed_the_other_way_round_counts_against(tmp_path):
-    runs = [*seeds(tmp_path, "coop", [0.9, 0.9, 0.2], images=200), *seeds(tmp_path, "maple", [0.3, 0.3, 0.8], images=200)]
+    runs = [
+        *seeds(tmp_path, "coop", [0.9, 0.9, 0.2], images=200),
+        *seeds(tmp_path, "maple", [0.3, 0.3, 0.8], images=200),
+    ]
     _, (found,), _ = compared(runs)
     assert found["maple", ACCURACY].p < 0.001  # the median of three
-    runs = [*seeds(tmp_path / "y", "coop", [0.9, 0.4], images=200), *seeds(tmp_path / "y", "maple", [0.3, 0.8], images=200)]
+    runs = [
+        *seeds(tmp_path / "y", "coop", [0.9, 0.4], images=200),
+        *seeds(tmp_path / "y", "maple", [0.3, 0.8], images=200),
+    ]
     assert compared(runs)[1][0]["maple", ACCURACY].tie
 
 
@@ -163,7 +174,9 @@ def test_averages_are_compared_over_datasets(tmp_path):
     for number in range(7):
         name = f"set{number}"
         runs.append(record(tmp_path, "coop", 0.80 + 0.01 * number, dataset=name, images=100))
-        runs.append(record(tmp_path, "maple", 0.80 + 0.01 * number + (0.02 if number % 2 else -0.02), dataset=name, images=100))
+        runs.append(
+            record(tmp_path, "maple", 0.80 + 0.01 * number + (0.02 if number % 2 else -0.02), dataset=name, images=100)
+        )
         runs.append(record(tmp_path, "vpt", 0.6, dataset=name, images=100))
     rows = averages_of(gather(runs).sections[0], 4)
     found = compare_averages(rows, ACCURACY)
