@@ -215,7 +215,7 @@ def _section_data(section: Section, compared: Sequence[Comparisons]) -> dict[str
                 "measure": item.measure,
                 "ours": item.ours,
                 "seeds": item.seeds,
-                "published": asdict(item.figure),
+                "published": {**asdict(item.figure), "accuracy": item.figure.accuracy},
                 "what_else_differs": list(item.cautions),
             }
             for item in compare_section(section)[0]

@@ -374,6 +374,7 @@ def class_gains(name: str, group: Group, cell: Cell, gains: Sequence[tuple[str, 
     half = MOST_CLASSES // 2
     shown = ordered if len(ordered) <= MOST_CLASSES else [*ordered[:half], *ordered[-half:]]
     kinds = list(dict.fromkeys(kind for _, kind, _ in gains))
+    left = f" ({len(ordered) - len(shown)} classes between them left out)" if len(shown) < len(ordered) else ""
     with (canvas := _Canvas(name, _WIDTH, 0.9 + 0.17 * len(shown))) as (axes,):
         for place, (_, kind, gain) in enumerate(shown):
             axes.barh(place, 100 * gain, color=COLOURS[kinds.index(kind) % len(COLOURS)], height=0.72)
@@ -387,7 +388,6 @@ def class_gains(name: str, group: Group, cell: Cell, gains: Sequence[tuple[str, 
             ylim=(len(shown) - 0.4, -0.6),
         )
         axes.tick_params(axis="y", length=0)
-    left = f" ({len(ordered) - len(shown)} in the middle left out)" if len(shown) < len(ordered) else ""
     words = f"gain of {cell.label} over zero-shot by class{left}: "
     words += "; ".join(f"{label} {100 * gain:+.1f}" for label, _, gain in shown)
     return Plot(f"Gain by class{left}", canvas.svg, words)

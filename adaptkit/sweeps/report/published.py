@@ -148,7 +148,7 @@ class Figure:
         shots: Images per class; 0 for zero-shot.
         dataset: The table's name.
         split: "all", "base", "novel" or "H".
-        accuracy: Percent.
+        printed: The accuracy in percent, with the source's own decimals.
         source: Where it stands.
     """
 
@@ -158,8 +158,13 @@ class Figure:
     shots: str
     dataset: str
     split: str
-    accuracy: float
+    printed: str
     source: str
+
+    @property
+    def accuracy(self) -> float:
+        """Percent."""
+        return float(self.printed)
 
     @property
     def usable(self) -> bool:
@@ -228,7 +233,7 @@ def load_published() -> tuple[Figure, ...]:
                 row["shots"],
                 row["dataset"],
                 row["split"],
-                float(row["accuracy"]),
+                row["accuracy"],
                 row["source"],
             )
             for row in csv.DictReader(file)

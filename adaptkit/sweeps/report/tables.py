@@ -38,6 +38,7 @@ class Column:
         filtered: Whether the page offers a choice of its values.
         help: What it means, where the head doesn't say.
         side: Whether narrow places (a terminal, a paper) leave it out.
+        long: Whether its texts are sentences, which may wrap.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Column:
     filtered: bool = False
     help: str = ""
     side: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,10 +279,14 @@ def published_table(found: Sequence[Beside]) -> Table | None:
     columns = (
         Column("dataset", numeric=False, filtered=True), Column("shots"), Column("method", numeric=False),
         Column("measure", numeric=False), Column("ours"), Column("n", help="our seeds"), Column("published"),
-        Column("difference"), Column("source", numeric=False), Column("what else differs", numeric=False),
+        Column("difference"), Column("source", numeric=False, long=True),
+        Column("what else differs", numeric=False, long=True),
     )  # fmt: skip
-    rows = []
-    for item in found:
+    rows: list[tuple[Value, ...]] = []
+    breaks: set[int] = set()
+    for place, item in enumerate(found):
+        if place and item.dataset != found[place - 1].dataset:
+            breaks.add(place)
         theirs = item.figure.accuracy / 100
         shots = item.cell.key.shots
         rows.append(
@@ -291,7 +297,7 @@ def published_table(found: Sequence[Beside]) -> Table | None:
                 Value(item.measure),
                 Value(with_width(item.ours, item.half_width), item.ours, link=item.cell.anchor),
                 Value(str(item.seeds), item.seeds),
-                Value(f"{item.figure.accuracy:g}", theirs),
+                Value(item.figure.printed, theirs),
                 Value(signed(item.ours - theirs), item.ours - theirs),
                 Value(item.figure.shown_source),
                 Value("; ".join(item.cautions)),
@@ -299,7 +305,7 @@ def published_table(found: Sequence[Beside]) -> Table | None:
         )
     caption = "Percent. Only where backbone, protocol, shots, split and sampler agree. Published figures of most"
     caption += " papers are means of three seeds from logs rounded to 0.1: smaller differences mean nothing."
-    return Table("Beside published figures", columns, tuple(rows), caption)
+    return Table("Beside published figures", columns, tuple(rows), caption, frozenset(breaks))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
