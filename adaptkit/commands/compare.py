@@ -54,6 +54,7 @@ BEST = "best"
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report of it: one page.")
 @_options.json_option
 def command(
     options: TaskOptions,
@@ -61,6 +62,7 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
@@ -78,10 +80,13 @@ def command(
     for name in names or ():
         methods.entry(name)
     target = out or _runs.default_out(options, "compare")
-    _runs.check_writable(target)
+    for folder in (target, *([html.parent] if html else [])):
+        _runs.check_writable(folder)
 
     with console.progress_bars(not as_json) as progress:
         results = run_all(options, names, overrides, target, overwrite, progress)
+        if html:
+            write_page(html, target, results, progress)
     ranked = rank(results)
     best_run = best_of(ranked)
     best = best_run.key.method
@@ -93,6 +98,8 @@ def command(
         return
     show(ranked, _runs.settings_line(ranked[0]))
     console.say(f"Best adapter ({best}) saved; {_runs.next_step(best_run, target / BEST)}")
+    if html:
+        console.say(f"Report written to {html}")
 
 
 def default_methods(data: Dataset) -> tuple[str, ...]:
@@ -143,6 +150,16 @@ def run_all(
         if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
             break
     return results
+
+
+def write_page(path: Path, target: Path, results: list[RunResult], progress: ProgressCallback) -> None:
+    """The report of these runs, as one page."""
+    from adaptkit.sweeps.report.aggregate import gather
+    from adaptkit.sweeps.report.writing import write_report
+    from adaptkit.sweeps.results import RunRecord
+
+    records = [RunRecord(target / result.key.method, result) for result in results]
+    write_report(gather(records), {"html": path}, progress=progress)
 
 
 def rank(results: list[RunResult]) -> list[RunResult]:

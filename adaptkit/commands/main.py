@@ -15,6 +15,7 @@ _VERBS = {
     "run": "run one method on one task",
     "compare": "many methods on one task, ranked",
     "sweep": "many runs from a YAML suite",
+    "report": "tables, plots and one HTML page from results",
     "predict": "class names and probabilities for images",
     "export": "an adapter in another library's layout",
     "import": "a reference checkpoint as an adapter",

@@ -427,7 +427,7 @@ class _Run:
             tuned_on=tuned_on,
             origins=dict(self.plan.resolved.origins),
             fit=_plain_report(self.report),
-            dataset=task.dataset.summary(),
+            dataset=task.dataset.summary() | ({} if task.spec is None else {"asked": to_mapping(task.spec)}),
             warnings=(
                 *key.marks,
                 *task.dataset.notes,

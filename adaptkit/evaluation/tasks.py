@@ -208,6 +208,7 @@ class Task:
         parts: What is tested.
         settings: What else about the task changes numbers: goes into the run's key. Empty for the plain protocols.
         notes: What a reader of results must know about the targets.
+        spec: What was asked for, where the task was made from a spec: so that the run can be repeated.
     """
 
     dataset: Dataset
@@ -218,6 +219,7 @@ class Task:
     parts: tuple[TestPart, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    spec: TaskSpec | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -251,7 +253,7 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         count = [f"{len(problems)} things can't be used:"] * (len(problems) > 1)
         raise ConfigError("\n".join([*count, *problems]))
     data = _load_source(spec, templates, progress)
-    return make_task(
+    task = make_task(
         data,
         spec.protocol,
         spec.shots,
@@ -264,6 +266,7 @@ def load_task(spec: TaskSpec, progress: ProgressCallback | None = None) -> Task:
         class_split=spec.class_split,
         joint=spec.joint,
     )
+    return replace(task, spec=spec)
 
 
 def _load_source(spec: TaskSpec, templates: Sequence[str], progress: ProgressCallback | None) -> Dataset:
