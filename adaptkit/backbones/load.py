@@ -127,7 +127,7 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     """
     name, quantisation = split_kind(name)
     parsed = parse_backbone_name(name)
-    loaders: dict[str, Callable[[BackboneName], DualEncoder]] = {
+    loaders: dict[str, Callable[[BackboneName], Backbone]] = {
         "mini": _load_mini,
         "open_clip": _load_open_clip,
         "hf-hub": _load_open_clip_repository,
@@ -271,7 +271,7 @@ def _convert_open_clip(name: str, tokenizer_name: str, make: Callable[[], Any]) 
 # --- the other libraries ----------------------------------------------------------------------------------------------
 
 
-def _load_transformers(name: BackboneName) -> DualEncoder:
+def _load_transformers(name: BackboneName) -> Backbone:
     from adaptkit.backbones.transformers_clip import load_transformers
 
     return load_transformers(str(name), name.identifier)
