@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,10 @@ class Backbone(nn.Module):
         text_tower: The opened text tower, or None.
         logit_scale: exp of the model's logit scale, a float buffer [] (≈ 100 for OpenAI's CLIP).
         logit_bias: Added to the logits (SigLIP), a float buffer [], 0 for CLIP.
+        is_mllm: Whether it is a multimodal language model, which can be asked questions.
     """
 
+    is_mllm: ClassVar[bool] = False
     spec: BackboneSpec
     image_tower: ImageTower | None = None
     text_tower: TextTower | None = None

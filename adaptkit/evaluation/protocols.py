@@ -369,12 +369,13 @@ class _Run:
         method.set_classes(part.split.class_names)
         logits = self._logits(method, part.split)
         labels = part.split.labels
+        logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
-        confidence = np.exp(log_softmax(logits).max(axis=1))
-        predicted = logits.argmax(axis=1)
-        fallback = method.uses_fallback
+        confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
+        predicted = np.where(answered, logits.argmax(axis=1), -1)
+        fallback, answers = method.uses_fallback, method.answer_facts()
         method.set_classes(method.fitted_names)
-        return _part_result(part, metrics, fallback), Predictions(
+        return _part_result(part, metrics, fallback, answers), Predictions(
             part.name, part.positions, labels, predicted, confidence
         )
 
@@ -457,13 +458,35 @@ def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
     return "val" if report.get("searched") else "none"
 
 
-def _part_result(part: TestPart, metrics: Metrics, fallback: bool) -> PartResult:
+def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits in which an image without an answer counts as wrong, and which images have one.
+
+    A method that gets no usable answer for an image gives a row of NaN. In place of it all classes but the right one
+    share the probability, so that no metric profits.
+
+    Args:
+        logits: [n, classes].
+        labels: [n].
+
+    Returns:
+        The logits, and bool [n].
+    """
+    answered = ~np.isnan(logits).all(axis=1)
+    if answered.all():
+        return logits, answered
+    logits = logits.copy()
+    logits[~answered] = 0.0
+    logits[~answered, labels[~answered]] = -np.inf
+    return logits, answered
+
+
+def _part_result(part: TestPart, metrics: Metrics, fallback: bool, answers: Mapping[str, Any]) -> PartResult:
     return PartResult(
         part.name,
         metrics.num_classes,
         metrics.correct,
         metrics.total,
-        metrics.to_dict(),
+        {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
         metrics.per_class,
         fallback,
     )

@@ -96,6 +96,8 @@ class MLLM(Backbone):
         instruction_tokenizer: InstructBLIP's second tokenizer, or None.
     """
 
+    is_mllm = True
+
     def __init__(
         self,
         spec: BackboneSpec,
