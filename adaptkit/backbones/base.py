@@ -166,6 +166,11 @@ class Backbone(nn.Module):
                     " features ('adaptkit list methods' says which)."
                 )
 
+    def big_blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all weights of the linear layers: what can be quantised."""
+        towers = [tower for tower in (self.image_tower, self.text_tower) if tower is not None]
+        return [block for tower in towers for block in tower.blocks]
+
     def freeze(self) -> Backbone:
         """Evaluation mode, no gradients for its own weights; returns itself."""
         self.requires_grad_(False)

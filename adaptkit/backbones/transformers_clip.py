@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,17 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def load_transformers(name: str, identifier: str) -> Backbone:
+Weights = Literal["fp32", "bf16", "own"]
+"""The type that weights are loaded in; "own" is the files'."""
+
+
+def load_transformers(name: str, identifier: str, weights: Weights = "fp32") -> Backbone:
     """Load a model in transformers' layout, from the hub or a folder; image-text-to-text models become an `MLLM`.
 
     Args:
         name: The backbone's full name, for messages and the spec.
         identifier: A hub id, or a folder.
+        weights: Of a multimodal language model; all others are loaded in fp32.
 
     Raises:
         MissingPathError: The identifier looks like a folder, and there is none.
@@ -69,7 +74,7 @@ def load_transformers(name: str, identifier: str) -> Backbone:
     if config.model_type in FAMILY_OF_TYPE:
         from adaptkit.backbones.mllm.loading import load_mllm
 
-        return load_mllm(name, source, config)
+        return load_mllm(name, source, config, weights)
     if hasattr(config, "text_config"):
         raise BackboneError(
             f"Backbone {name!r} is of the type {config.model_type!r}, which isn't supported. Supported with text:"

@@ -12,7 +12,7 @@ import torch
 CONTEXT = 512
 SIDE = 28
 PATCH = 14
-WIDTH = 32
+WIDTH = 64
 
 SPECIAL = (
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>"),
@@ -62,7 +62,7 @@ def _text(kind: str, **more: Any) -> dict[str, Any]:
     common = {
         "model_type": kind,
         "hidden_size": WIDTH,
-        "intermediate_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -80,7 +80,7 @@ def _vision(kind: str, **more: Any) -> dict[str, Any]:
     common = {
         "model_type": kind,
         "hidden_size": WIDTH,
-        "intermediate_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "image_size": SIDE,
@@ -116,7 +116,7 @@ def _llava_next() -> tuple[Any, Any]:
     grids = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     config = t.LlavaNextConfig(
         vision_config=_vision("clip_vision_model"),
-        text_config=_text("mistral", head_dim=8, sliding_window=None),
+        text_config=_text("mistral", head_dim=16, sliding_window=None),
         image_token_index=IDS["<image>"],
         image_grid_pinpoints=grids,
         vision_feature_layer=-1,
@@ -145,19 +145,19 @@ def _qwen(kind: str) -> tuple[Any, Any]:
     import transformers as t
 
     vision: dict[str, Any] = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 2}
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     if kind == "qwen2_vl":
         vision |= {"embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2}
         make = t.Qwen2VLConfig
     elif kind == "qwen2_5_vl":
-        vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 64, "window_size": 28}
+        vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 128, "window_size": 28}
         vision |= {"fullatt_block_indexes": [1]}
         make = t.Qwen2_5_VLConfig
     else:
-        vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 64}
+        vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 128}
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
         make = t.Qwen3VLConfig
-    head = {"head_dim": 8} if kind == "qwen3_vl" else {}
+    head = {"head_dim": 16} if kind == "qwen3_vl" else {}
     text = _text({"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}[kind])
     text |= {"rope_parameters": rope, **head}
     config = make(
@@ -193,10 +193,10 @@ def _idefics2() -> tuple[Any, Any]:
 
     config = t.Idefics2Config(
         vision_config=_vision("idefics2_vision"),
-        text_config=_text("mistral", head_dim=8, sliding_window=None),
+        text_config=_text("mistral", head_dim=16, sliding_window=None),
         perceiver_config={
             **{"hidden_size": WIDTH, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 4},
-            **{"resampler_head_dim": 8, "num_key_value_heads": 2},
+            **{"resampler_head_dim": 16, "num_key_value_heads": 2},
         },
         image_token_id=IDS["<image>"],
     )
@@ -219,10 +219,10 @@ def _internvl() -> tuple[Any, Any]:
 def _gemma3() -> tuple[Any, Any]:
     import transformers as t
 
-    text = _text("gemma3_text", head_dim=8, sliding_window=48, layer_types=["sliding_attention", "full_attention"])
+    text = _text("gemma3_text", head_dim=16, sliding_window=48, layer_types=["sliding_attention", "full_attention"])
     config = t.Gemma3Config(
         vision_config=_vision("siglip_vision_model", vision_use_head=False),
-        text_config=text | {"query_pre_attn_scalar": 8},
+        text_config=text | {"query_pre_attn_scalar": 16},
         image_token_index=IDS["<image_soft_token>"],
         boi_token_index=IDS["<start_of_image>"],
         eoi_token_index=IDS["<end_of_image>"],
@@ -236,7 +236,7 @@ def _paligemma() -> tuple[Any, Any]:
 
     config = t.PaliGemmaConfig(
         vision_config=_vision("siglip_vision_model", vision_use_head=False, projection_dim=WIDTH),
-        text_config=_text("gemma", head_dim=8),
+        text_config=_text("gemma", head_dim=16),
         image_token_index=IDS["<image>"],
         projection_dim=WIDTH,
         hidden_size=WIDTH,
@@ -250,11 +250,11 @@ def _blip(kind: str) -> tuple[Any, Any]:
     config_class = t.Blip2Config if kind == "blip2" else t.InstructBlipConfig
     vision = {key: value for key, value in _vision("").items() if key != "model_type"}
     former = {
-        **{"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+        **{"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
         **{"encoder_hidden_size": WIDTH, "vocab_size": VOCABULARY, "cross_attention_frequency": 1},
         **{"initializer_range": 0.2, "pad_token_id": IDS["<pad>"]},
     }
-    text = _text("opt", ffn_dim=64, word_embed_proj_dim=WIDTH, init_std=0.2) if kind == "blip2" else _text("llama")
+    text = _text("opt", ffn_dim=128, word_embed_proj_dim=WIDTH, init_std=0.2) if kind == "blip2" else _text("llama")
     config = config_class(
         vision_config=vision,
         qformer_config=former,

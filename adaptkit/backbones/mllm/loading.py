@@ -24,19 +24,14 @@ GRID_SIDE = 448
 OPAQUE = "it is part of a multimodal language model, whose towers aren't opened"
 
 
-def is_mllm(config: Any) -> bool:
-    """Whether a transformers config is that of an image-text-to-text model that we know."""
-    return config.model_type in FAMILY_OF_TYPE
-
-
-def load_mllm(name: str, source: str, config: Any, dtype: torch.dtype = torch.float32) -> MLLM:
+def load_mllm(name: str, source: str, config: Any, weights: str = "fp32") -> MLLM:
     """Load an image-text-to-text model in transformers' layout.
 
     Args:
         name: The backbone's full name, for messages and the spec.
         source: Folder or hub id.
         config: Its config.
-        dtype: Of the weights.
+        weights: "fp32", "bf16", or "own" for the type that the files have.
 
     Raises:
         BackboneError: It can't be loaded, lacks weights, or has an encoder-decoder language model.
@@ -59,7 +54,7 @@ def load_mllm(name: str, source: str, config: Any, dtype: torch.dtype = torch.fl
     context = int(getattr(text, "max_position_embeddings", 0) or tokenizer.model_max_length)
     template = chat_template(name, source) or _own_template(tokenizer)
     prompter = Prompter(name, family, tokenizer, template, image_token, context)
-    model = _model(name, source, dtype)
+    model = _model(name, source, {"fp32": torch.float32, "bf16": torch.bfloat16}.get(weights, "auto"))
     preprocessing, options = _square_input(processor, config, family, name)
     facts = {
         "tokenizer": fingerprint(tokenizer),
@@ -83,7 +78,7 @@ def load_mllm(name: str, source: str, config: Any, dtype: torch.dtype = torch.fl
     return backbone
 
 
-def _model(name: str, source: str, dtype: torch.dtype) -> Any:
+def _model(name: str, source: str, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForImageTextToText
 
     def load() -> Any:

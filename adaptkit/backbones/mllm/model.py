@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.backbones.base import Backbone, BackboneSpec, Tokens
 from adaptkit.backbones.mllm.families import Family
@@ -121,6 +121,9 @@ class MLLM(Backbone):
     def language(self) -> Any:
         """The decoder without its head."""
         return self.model.get_submodule(self.family.language)
+
+    def big_blocks(self) -> list[nn.Module]:
+        return [self.language]
 
     # --- images -------------------------------------------------------------------------------------------------------
 
