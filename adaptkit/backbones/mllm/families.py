@@ -28,6 +28,7 @@ class Family:
         marker: What a chat template writes for an image; "" is the placeholder token itself.
         before: Text in front of an image's placeholders.
         after: Text behind them.
+        spaced: Whether a space keeps a following word off an image, and neighbouring images share what is between them.
         positions: "1d", or "mrope" (three axes, from the images' grids).
         first_position: Position of the first token.
         token_types: "" for none, "image" (1 at placeholders), "suffix" (1 at tokens of the answer).
@@ -50,6 +51,7 @@ class Family:
     marker: str = ""
     before: str = ""
     after: str = ""
+    spaced: bool = False
     positions: Literal["1d", "mrope"] = "1d"
     first_position: int = 0
     token_types: Literal["", "image", "suffix"] = ""
@@ -141,6 +143,7 @@ FAMILIES = (
         bridge=("model.connector",),
         before="<fake_token_around_image>",
         after="<fake_token_around_image>",
+        spaced=True,
         sides="grid",
     ),
     Family(

@@ -151,12 +151,13 @@ class Prompter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
         return ids
 
-    def ids(self, turns: Sequence[Turn], counts: Sequence[int] = ()) -> list[int]:
+    def ids(self, turns: Sequence[Turn], counts: Sequence[int] = (), *, check: bool = True) -> list[int]:
         """Token ids of a conversation.
 
         Args:
             turns: The conversation.
             counts: Placeholders of each image, in reading order.
+            check: Refuse what doesn't fit into the context.
 
         Raises:
             DataError: More or fewer images than the turns show.
@@ -168,9 +169,13 @@ class Prompter:
         parts = self.render(turns).split(self.marker)
         text = parts[0]
         for count, part in zip(counts, parts[1:], strict=True):
-            text += self.family.before + self.image_token * count + self.family.after + part
+            text += self.family.before + self.image_token * count + self.family.after
+            text += f" {part}" if self.family.spaced and part[:1].strip() not in ("", "<") else part
+        if self.family.spaced:
+            text = text.replace(self.family.after + self.family.before, self.family.after)
         ids = self._tokenise(text)
-        self.check_length(len(ids), "The prompt")
+        if check:
+            self.check_length(len(ids), "The prompt")
         return ids
 
     def answers(self, turns: Sequence[Turn], answers: Sequence[str], *, end: bool = True) -> list[list[int]]:

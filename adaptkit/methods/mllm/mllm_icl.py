@@ -114,6 +114,18 @@ class MllmIcl(AskingMethod):
         self.register_buffer("targets", targets.to(device).clone())  # CIRCLE writes into them
         self._shots_memo = None
 
+    def classes_changed(self) -> None:
+        super().classes_changed()
+        if self.config.route == "pairwise":
+            self.mllm.prompter.ids([Turn(self.pair_question, 2)], [self.placeholders] * 2)
+            return
+        count = min(self.config.examples, len(self.targets) or self.config.examples)
+        longest = max((name.replace("_", " ") for name in self.fitted_names), key=len)
+        turns = [Turn(self.question, 1, longest)] * count + [Turn(self.question)]
+        length = len(self.mllm.prompter.ids(turns, [self.placeholders] * len(turns), check=False))
+        what = f"A question behind {count} examples (setting 'examples')"
+        self.mllm.prompter.check_length(length + int(self.trie().lengths.max()), what)
+
     # --- fitting ------------------------------------------------------------------------------------------------------
 
     def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
