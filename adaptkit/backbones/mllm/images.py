@@ -48,6 +48,7 @@ class ImageFeatures:
     def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
         """All images of several sets, one after the other."""
         grids = [part.grids for part in parts if part.grids is not None]
+        parts = [part for part in parts if len(part)]
         layers = len(parts[0].deeper) if parts else 0
         return ImageFeatures(
             tuple(vectors for part in parts for vectors in part.tokens),

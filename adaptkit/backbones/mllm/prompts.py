@@ -148,7 +148,7 @@ class Prompter:
 
     def _tokenise(self, text: str) -> list[int]:
         special = not (self._bos and self._bos in text)  # most templates write it themselves
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # we check lengths
         return ids
 
     def ids(self, turns: Sequence[Turn], counts: Sequence[int] = (), *, check: bool = True) -> list[int]:

@@ -8,7 +8,7 @@ in both orders by default, so that the order can't matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,11 +21,14 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig, progress_of
-from adaptkit.methods.mllm._asking import QUESTION, AskingMethod, asked
+from adaptkit.methods.mllm._asking import IMAGES_AT_ONCE, QUESTION, AskingMethod, asked
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.types import FitTask, TrainingLoop
 
 PAIR_QUESTION = "Do both images show the same {noun}? Answer yes or no."
+ROWS_AT_ONCE = 8
+"""Prompts with examples that go through the model together; it bounds memory, and changes no number."""
+
 UNLISTED = 1e3
 """How far classes that weren't compared pair by pair stay below those that were."""
 
@@ -142,23 +145,17 @@ class MllmIcl(AskingMethod):
     @torch.no_grad()
     def _circle(self, loop: TrainingLoop | None) -> dict[str, Any]:
         """Label the shots by the model: first without context, then each with the others as context, until stable."""
-        shots, trie = self.shots(), self.trie()
-        show = progress_of(loop)
-        scores = torch.cat(
-            [
-                self.mllm.candidate_scores(self.asked(shots.select([index])), trie)
-                for index in range(len(shots))
-            ]
-        )  # fmt: skip
+        shots, trie, show = self.shots(), self.trie(), progress_of(loop)
+        groups = [group.tolist() for group in torch.arange(len(shots)).split(ROWS_AT_ONCE)]
+        scores = torch.cat([self.mllm.candidate_scores(self.asked(shots.select(group)), trie) for group in groups])
         self.targets.copy_(normalised(scores, trie.lengths, self.config.normalisation).argmax(dim=1))
         changed, done = len(shots), 0
         while changed and done < self.config.rounds:
             before = self.targets.clone()
-            for index in range(len(shots)):
-                logits = self._in_context(shots.select([index]), leave_out=index, targets=before)
-                self.targets[index] = logits.argmax()
-                if show is not None:
-                    show(f"{self.name}: round {done + 1}", index + 1, len(shots))
+            for group in groups:
+                logits = self._in_context(shots.select(group), leave_out=group, targets=before)
+                self.targets[group] = logits.argmax(dim=1)
+                show(f"{self.name}: round {done + 1}", group[-1] + 1, len(shots))
             changed, done = int((before != self.targets).sum()), done + 1
         return {"circle_rounds": done, "circle_stable": changed == 0}
 
@@ -176,26 +173,38 @@ class MllmIcl(AskingMethod):
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Tensor) -> Tensor:
+        answer = self._in_context if self.config.route == "context" else self._pairs
         with torch.no_grad():
-            queries = [group.select([index]) for group in self.in_groups(inputs) for index in range(len(group))]
-            if self.config.route == "pairwise":
-                return torch.stack([self._pairwise(query) for query in queries])
-            return torch.stack([self._in_context(query) for query in queries])
+            return torch.cat([answer(group) for group in self.in_groups(inputs, ROWS_AT_ONCE)])
 
     def _in_context(
-        self, query: ImageFeatures, *, leave_out: int | None = None, targets: Tensor | None = None
+        self, queries: ImageFeatures, *, leave_out: Sequence[int] = (), targets: Tensor | None = None
     ) -> Tensor:
-        """Logits [classes] of one image, with examples in front."""
+        """Logits [images, classes], with examples in front of each image.
+
+        Args:
+            queries: The images.
+            leave_out: For each of them the shot that it is itself; empty where they are others.
+            targets: Labels of the shots, where not those that are kept.
+        """
         labels = (self.targets if targets is None else targets).tolist()
         names = [name.replace("_", " ") for name in self.fitted_names]
-        trie, total = self.trie(), torch.zeros(len(self.class_names), device=self.backbone.device)
-        chosen = self._chosen(query, labels, leave_out)
+        chosen = [
+            self._chosen(queries.select([place]), labels, leave_out[place] if leave_out else None)
+            for place in range(len(queries))
+        ]
+        trie = self.trie()
+        total = torch.zeros(len(queries), len(self.class_names), device=self.backbone.device)
         for order in range(self.config.orders):
-            shown = chosen if order == 0 else _reordered(chosen, order)
-            turns = [Turn(self.question, 1, names[labels[index]]) for index in shown] + [Turn(self.question)]
-            features = ImageFeatures.join([self.shots().select(shown), query]) if shown else query
-            scores = self.mllm.candidate_scores(self.prefix(features, [turns]), trie)
-            total += normalised(scores, trie.lengths, self.config.normalisation)[0] / self.config.orders
+            shown = [row if order == 0 else _reordered(row, order) for row in chosen]
+            turns = [
+                [*(Turn(self.question, 1, names[labels[index]]) for index in row), Turn(self.question)] for row in shown
+            ]
+            images = [
+                part for place, row in enumerate(shown) for part in (self.shots().select(row), queries.select([place]))
+            ]
+            scores = self.mllm.candidate_scores(self.prefix(ImageFeatures.join(images), turns), trie)
+            total += normalised(scores, trie.lengths, self.config.normalisation) / self.config.orders
         return total
 
     def _chosen(self, query: ImageFeatures, labels: list[int], leave_out: int | None) -> list[int]:
@@ -209,6 +218,10 @@ class MllmIcl(AskingMethod):
         near = (shots @ F.normalize(_means(query), dim=-1)[0]).topk(min(self.config.examples, len(usable))).indices
         return [usable[index] for index in near.flip(0).tolist()]
 
+    def _pairs(self, queries: ImageFeatures) -> Tensor:
+        """Logits [images, classes] of the pairwise route."""
+        return torch.stack([self._pairwise(queries.select([place])) for place in range(len(queries))])
+
     def _pairwise(self, query: ImageFeatures) -> Tensor:
         """Logits [classes] of one image: how much rather yes than no, over the shots of each class."""
         plain = torch.zeros(len(self.class_names), device=self.backbone.device)
@@ -220,25 +233,29 @@ class MllmIcl(AskingMethod):
             return plain
         count = min(self.config.shortlist or len(plain), len(plain))
         own, found = self.fitted_indices(), plain - UNLISTED
-        for place in plain.topk(count).indices.tolist():
-            supports = (self.targets == own[place]).nonzero()[:, 0].tolist()
-            if supports:
-                same = self._same(query, supports)
-                found[place] = same.mean() if self.config.reduce == "mean" else same.amax()
+        listed = plain.topk(count).indices.tolist()
+        supports = [(self.targets == own[place]).nonzero()[:, 0].tolist() for place in listed]
+        same = self._same(query, [index for indices in supports for index in indices])
+        for place, values in zip(listed, same.split([len(indices) for indices in supports]), strict=True):
+            if len(values):
+                found[place] = values.mean() if self.config.reduce == "mean" else values.amax()
         return found
 
     def _same(self, query: ImageFeatures, supports: list[int]) -> Tensor:
         """log p(yes) - log p(no) of the query beside each support, [supports]."""
-        turn = Turn(self.pair_question, 2)
-        orders = (0, 1) if self.config.both_orders else (0,)
-        total = torch.zeros(len(supports), device=self.backbone.device)
-        for order in orders:
-            pairs = [
-                ImageFeatures.join([query, self.shots().select([index])][:: -1 if order else 1]) for index in supports
-            ]
-            words = self.word_scores(self.prefix(ImageFeatures.join(pairs), [[turn]] * len(pairs)), ("yes", "no"))
-            total += (words[:, 0] - words[:, 1]) / len(orders)
-        return total
+        turn, shots = Turn(self.pair_question, 2), self.shots()
+        directions = (1, -1) if self.config.both_orders else (1,)
+        parts = []
+        for start in range(0, len(supports), IMAGES_AT_ONCE):
+            some = supports[start : start + IMAGES_AT_ONCE]
+            total = torch.zeros(len(some), device=self.backbone.device)
+            for direction in directions:
+                pairs = [image for index in some for image in (query, shots.select([index]))[::direction]]
+                prefix = self.prefix(ImageFeatures.join(pairs), [[turn]] * len(some))
+                words = self.word_scores(prefix, ("yes", "no"))
+                total += (words[:, 0] - words[:, 1]) / len(directions)
+            parts.append(total)
+        return torch.cat(parts)
 
 
 def _means(features: ImageFeatures) -> Tensor:
