@@ -610,11 +610,19 @@ class _Look:
         if view == 0:
             return to_pixels(image, preprocessing)
         numbers = generator(self.seed, "view", str(view), pictures.digest(position))
-        settings = self.settings
-        return augment(image, preprocessing, numbers, crop_scale=settings.crop_scale, flip=settings.flip)
+        how = self.settings
+        return augment(
+            image,
+            preprocessing,
+            numbers,
+            crop_scale=how.crop_scale,
+            flip=how.flip,
+            colour_jitter=how.colour_jitter,
+        )
 
     def _key(self, digest: str, view: int) -> tuple[str, ...]:
-        drawn = "" if view == 0 else digest_json([view, self.seed, self.settings.crop_scale, self.settings.flip])
+        how = self.settings
+        drawn = "" if view == 0 else digest_json([view, self.seed, how.crop_scale, how.flip, how.colour_jitter])
         return (self.backbone.spec.digest, self.backbone.device.type, digest, drawn)
 
     @torch.no_grad()

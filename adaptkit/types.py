@@ -109,6 +109,10 @@ class TrainingSettings:
     )
     crop_scale: float = field(default=0.08, metadata={"help": "Smallest area share of the random crop."})
     flip: bool = field(default=True, metadata={"help": "Mirror views at random (wrong for digits and letters)."})
+    colour_jitter: float = field(
+        default=0.0,
+        metadata={"help": "Most that brightness, contrast and saturation of views change by; 0: none.", "later": True},
+    )
     precision: Literal["fp32", "bf16", "fp16"] = field(
         default="fp32", metadata={"help": "fp32, or autocast in bf16/fp16 with fp32 weights."}
     )
@@ -118,6 +122,9 @@ class TrainingLoop(Protocol):
     """The gradient loop as a method sees it: `evaluation` hands it to `Method.fit`."""
 
     settings: TrainingSettings
+
+    def with_settings(self, settings: TrainingSettings) -> TrainingLoop:
+        """The same loop under other settings, for a method that fits another one first."""
 
     def __call__(self, method: Any, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place; the report holds losses, steps and whether it was interrupted."""

@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from adaptkit.data.features import Precision
+    from adaptkit.evaluation.tasks import TaskSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,21 +141,19 @@ _task_options = apply(
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What `run` and `compare` are told about the task and the machine; the fields are the options' names."""
+    """What `run` and `compare` are told about the task and the machine.
 
-    dataset: str
+    Args:
+        task: What to run on.
+        backbone: What to adapt.
+        device: Where.
+        batch_size: Images encoded at once.
+        precision: Of the frozen image encoder.
+        cache: Folder of stored features; None for the default one.
+    """
+
+    task: TaskSpec
     backbone: str
-    protocol: str
-    shots: int
-    seed: int
-    data_root: str | None
-    templates: tuple[str, ...]
-    sampler: str
-    allow_fewer: bool
-    display_names: str | None
-    skip_unreadable: bool
-    descriptions: str | None
-    allow_undescribed: bool
     device: str
     batch_size: int
     precision: Precision
@@ -167,7 +166,11 @@ def task_options(function: Callable[..., None]) -> Callable[..., None]:
     @_task_options
     @functools.wraps(function)
     def gathered(dataset_argument: str | None, dataset: str | None, **given: Any) -> None:
-        own = {item.name: given.pop(item.name) for item in fields(TaskOptions) if item.name != "dataset"}
-        function(options=TaskOptions(dataset=one_dataset(dataset_argument, dataset), **own), **given)
+        from adaptkit.evaluation.tasks import TaskSpec
+
+        named = one_dataset(dataset_argument, dataset)
+        of_task = {item.name: given.pop(item.name) for item in fields(TaskSpec) if item.name in given}
+        of_machine = {item.name: given.pop(item.name) for item in fields(TaskOptions) if item.name != "task"}
+        function(options=TaskOptions(TaskSpec(named, **of_task), **of_machine), **given)
 
     return gathered

@@ -12,38 +12,7 @@ from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
-    from adaptkit.evaluation.protocols import Task
     from adaptkit.evaluation.results import RunResult
-    from adaptkit.types import ProgressCallback
-
-
-def load_task(options: TaskOptions, progress: ProgressCallback) -> Task:
-    """The task that the options describe; images left out as unreadable are counted in the dataset's notes."""
-    from dataclasses import replace
-
-    from adaptkit.data.checks import drop_unreadable
-    from adaptkit.data.descriptions import with_descriptions
-    from adaptkit.data.sources import load_dataset
-    from adaptkit.evaluation.protocols import make_task
-
-    data = load_dataset(
-        options.dataset,
-        data_root=options.data_root,
-        templates=list(options.templates) or None,
-        shots=options.shots,
-        display_names=options.display_names,
-    )
-    if options.descriptions is not None:
-        data = with_descriptions(data, options.descriptions, allow_missing=options.allow_undescribed)
-    if options.skip_unreadable:
-        train, dropped = drop_unreadable(data.train, progress=progress)
-        val, more = (None, []) if data.val is None else drop_unreadable(data.val, progress=progress)
-        dropped += more
-        notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
-        data = replace(data, train=train, val=val, notes=(*data.notes, *notes))
-    return make_task(
-        data, options.protocol, options.shots, options.seed, options.sampler, allow_fewer=options.allow_fewer
-    )
 
 
 def check_out(folder: Path) -> None:
@@ -81,7 +50,8 @@ def adapter_folder(path: Path) -> Path:
 
 def default_out(options: TaskOptions, what: str) -> Path:
     """runs/<dataset>/<what>/<settings>, each part made fit for a file name."""
-    parts = (Path(options.dataset).name, what, f"{options.protocol}-{options.shots}shots-seed{options.seed}")
+    task = options.task
+    parts = (Path(task.dataset).name, what, f"{task.protocol}-{task.shots}shots-seed{task.seed}")
     return Path("runs", *(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._") or "run" for part in parts))
 
 
@@ -106,4 +76,5 @@ def summary(result: RunResult) -> dict[str, Any]:
 
 def settings_line(options: TaskOptions, dataset: str) -> str:
     """One line that says what was run."""
-    return f"{dataset}, {options.protocol}, {options.shots} shots, seed {options.seed}, backbone {options.backbone}"
+    task = options.task
+    return f"{dataset}, {task.protocol}, {task.shots} shots, seed {task.seed}, backbone {options.backbone}"

@@ -15,16 +15,42 @@ from adaptkit.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
+    from adaptkit.data.splits import Dataset
     from adaptkit.evaluation.results import RunKey, RunResult
     from adaptkit.types import ProgressCallback
 
-FAST_METHODS = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "clip-adapter")
+FAST_METHODS = (
+    "zero-shot",
+    "linear-probe",
+    "tip-adapter",
+    "tip-adapter-f",
+    "clip-adapter",
+    "ape",
+    "ape-t",
+    "gda",
+    "taskres",
+    "lp-plus-plus",
+    "zs-lp",
+    "clap",
+    "cross-modal",
+)
+"""What is compared where no methods are named: they read stored features only, learn from the shots, and are fitted in
+about a second each on digits with mini. Transductive methods answer another question and are left out."""
+
+DESCRIBED_METHODS = ("dclip", "cupl")
+"""Compared as well where every class has sentences."""
+
 BEST = "best"
 
 
 @click.command("compare", short_help="many methods on one task, ranked")
 @_options.task_options
-@click.option("--methods", "names", type=_options.NameList(), help=f"a,b,c [default: {','.join(FAST_METHODS)}].")
+@click.option(
+    "--methods",
+    "names",
+    type=_options.NameList(),
+    help=f"a,b,c [default: {','.join(FAST_METHODS)}; with descriptions also {','.join(DESCRIBED_METHODS)}].",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
@@ -39,7 +65,8 @@ def command(
 ) -> None:
     """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
 
-    Runs that are already in --out with the same settings aren't repeated. The best adapter is saved as OUT/best.
+    Runs that are already in --out with the same settings aren't repeated. The best adapter is saved as OUT/best; it is
+    a transductive one, whose answers depend on the other images asked about, only where no other was compared.
 
     \b
     Examples:
@@ -48,27 +75,34 @@ def command(
     """
     from adaptkit.methods import methods
 
-    chosen = tuple(dict.fromkeys(names or FAST_METHODS))
-    for name in chosen:
+    for name in names or ():
         methods.entry(name)
     target = out or _runs.default_out(options, "compare")
     _runs.check_writable(target)
 
     with console.progress_bars(not as_json) as progress:
-        results = run_all(options, chosen, overrides, target, overwrite, progress)
+        results = run_all(options, names, overrides, target, overwrite, progress)
     ranked = rank(results)
-    best = next((result for result in ranked if result.key.method != "zero-shot"), ranked[0])
-    point_at_best(target, best.key.method)
+    best = best_of(ranked).key.method
+    point_at_best(target, best)
     if as_json:
-        console.print_json({"folder": str(target), "best": best.key.method, "runs": [_runs.summary(r) for r in ranked]})
+        together = [result.key.method for result in ranked if is_transductive(result)]
+        runs = [_runs.summary(result) for result in ranked]
+        console.print_json({"folder": str(target), "best": best, "transductive": together, "runs": runs})
         return
     show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
-    console.say(f"Best adapter ({best.key.method}) saved: adaptkit predict {target / BEST} IMAGE")
+    console.say(f"Best adapter ({best}) saved: adaptkit predict {target / BEST} IMAGE")
+
+
+def default_methods(data: Dataset) -> tuple[str, ...]:
+    """What is compared where no methods are named."""
+    described = all(data.descriptions.get(name) for name in data.class_names)
+    return FAST_METHODS + (DESCRIBED_METHODS if described else ())
 
 
 def run_all(
     options: TaskOptions,
-    chosen: tuple[str, ...],
+    names: tuple[str, ...] | None,
     overrides: tuple[str, ...],
     target: Path,
     overwrite: bool,
@@ -80,9 +114,11 @@ def run_all(
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.evaluation.tasks import load_task
     from adaptkit.methods import methods
 
-    task = _runs.load_task(options, progress)
+    task = load_task(options.task, progress)
+    chosen = tuple(dict.fromkeys(names or default_methods(task.dataset)))
     model = load_backbone(options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
     plans = [
@@ -111,6 +147,19 @@ def rank(results: list[RunResult]) -> list[RunResult]:
     return first + sorted(others, key=lambda result: -result.score)
 
 
+def is_transductive(result: RunResult) -> bool:
+    """Whether its answers used the other test images."""
+    from adaptkit.methods import methods
+
+    return methods.get(result.key.method).transductive
+
+
+def best_of(ranked: list[RunResult]) -> RunResult:
+    """The first that learned something and answers image by image; where there is none, the first that learned."""
+    learned = [result for result in ranked if result.key.method != "zero-shot"]
+    return next((result for result in learned if not is_transductive(result)), (learned or ranked)[0])
+
+
 def show(ranked: list[RunResult], title: str) -> None:
     """The ranked table, and what a reader of it should know."""
     columns = ["", "method", *_runs.part_columns(ranked), "gain", "trained", "seconds"]
@@ -120,15 +169,27 @@ def show(ranked: list[RunResult], title: str) -> None:
         zero = result.key.method == "zero-shot"
         place += not zero
         gain = "" if reference is None or zero else f"{100 * (result.score - reference):+.1f}"
-        cells = ["–" if zero else str(place), result.key.method, *_runs.scores(result), gain]
+        name = result.key.method + ("†" if is_transductive(result) else "")
+        cells = ["–" if zero else str(place), name, *_runs.scores(result), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
     starred = any(part.fallback for result in ranked for part in result.parts)
-    note = "* zero-shot: the method has no answer of its own for novel classes" if starred else ""
+    notes = ["* zero-shot: the method has no answer of its own for novel classes"] if starred else []
+    if any(map(is_transductive, ranked)):
+        notes.append("† answers all test images together: not comparable with the others, and not chosen before them")
+    note = "\n".join(notes)
     console.print_table(title, columns, rows, left=["", "method"], note=note)
-    for warning in dict.fromkeys(
-        warning for result in ranked for warning in result.warnings if ": zero-shot" not in warning
-    ):
-        console.say(f"note: {warning}")
+    for line in warnings_of(ranked):
+        console.say(f"note: {line}")
+
+
+def warnings_of(ranked: list[RunResult]) -> list[str]:
+    """Each warning once, with the methods it is about where it isn't about all; the table shows fallbacks itself."""
+    about: dict[str, list[str]] = {}
+    for result in ranked:
+        for warning in dict.fromkeys(result.warnings):
+            if ": zero-shot" not in warning:
+                about.setdefault(warning, []).append(result.key.method)
+    return [f"{', '.join(who)}: {what}" if len(who) < len(ranked) else what for what, who in about.items()]
 
 
 def check_replaceable(target: Path, keys: Mapping[str, RunKey], overwrite: bool) -> None:

@@ -50,9 +50,10 @@ def command(
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.results import write_run
+    from adaptkit.evaluation.tasks import load_task
 
     with console.progress_bars(not as_json) as progress:
-        task = _runs.load_task(options, progress)
+        task = load_task(options.task, progress)
         model = load_backbone(options.backbone, device=options.device)
         plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
         store = FeatureStore(options.cache)

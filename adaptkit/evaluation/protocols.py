@@ -1,18 +1,11 @@
-"""Protocols: from a dataset to a few-shot task with its test parts, and one method run on it.
-
-few-shot          all classes: shots of every class, the whole test split
-base-to-novel     shots drawn over all classes, trained on the first half of them; base and novel test images, each
-                  among its own half's names
-
-Source: protocols sheet, sections 1 and 2; datasets sheet, section 4.
-"""
+"""Runs: one method planned, fitted and tested on a task."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,13 +14,11 @@ from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.config import to_mapping
-from adaptkit.data.base_to_novel import split_base_novel
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
-from adaptkit.data.few_shot import FewShot, sample_few_shot
-from adaptkit.data.splits import Dataset, Split, TestSplit, TrainSplit, ValSplit, require_split
-from adaptkit.errors import AdaptKitWarning, DataError, UnknownNameError
+from adaptkit.data.splits import Split, TestSplit
+from adaptkit.errors import AdaptKitWarning
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
-from adaptkit.evaluation.recipes import PROTOCOLS, Recipe, Resolved, find_recipe, load_recipe, resolve
+from adaptkit.evaluation.recipes import Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (
     SCHEMA_VERSION,
     PartResult,
@@ -37,6 +28,7 @@ from adaptkit.evaluation.results import (
     environment,
     peak_memory_bytes,
 )
+from adaptkit.evaluation.tasks import Task, TestPart
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method
@@ -45,94 +37,6 @@ from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
 
 _TEST_BATCH = 256
-
-
-@dataclass(frozen=True)
-class TestPart:
-    """Test images that are answered among one list of classes.
-
-    Args:
-        name: "all", "base" or "novel".
-        split: The images, labelled within `split.class_names`.
-        positions: Each image's position in the dataset's test split, int64 [n].
-    """
-
-    __test__ = False  # pytest would collect the name
-
-    name: str
-    split: TestSplit
-    positions: np.ndarray
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one seed makes of a dataset under a protocol.
-
-    Args:
-        dataset: The whole dataset.
-        protocol: One of `PROTOCOLS`.
-        few_shot: Which images were drawn.
-        train: The shots of the classes trained on.
-        val: Validation images of the same classes; empty where the dataset has none.
-        parts: What is tested.
-    """
-
-    dataset: Dataset
-    protocol: str
-    few_shot: FewShot
-    train: TrainSplit
-    val: ValSplit | None
-    parts: tuple[TestPart, ...]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes trained on."""
-        return self.train.class_names
-
-    @property
-    def seed(self) -> int:
-        return self.few_shot.seed
-
-
-def make_task(
-    dataset: Dataset,
-    protocol: str = "few-shot",
-    shots: int = 16,
-    seed: int = 1,
-    sampler: str = "coop",
-    *,
-    allow_fewer: bool = False,
-) -> Task:
-    """Draw the shots and lay out what is tested.
-
-    Args:
-        dataset: Must have test images.
-        protocol: "few-shot" or "base-to-novel".
-        shots: Images per class.
-        seed: Seeds the draw; 0 is a seed like any other.
-        sampler: Whose draws (see `adaptkit.data.few_shot`).
-        allow_fewer: Accept classes with fewer images than shots.
-
-    Raises:
-        UnknownNameError: No such protocol or sampler.
-        DataError: No test images, or too few images for the shots.
-    """
-    if protocol not in PROTOCOLS:
-        raise UnknownNameError.for_name("protocol", protocol, PROTOCOLS)
-    test = require_split(dataset.test, TestSplit, "Testing")
-    if not len(test):
-        raise DataError(f"{dataset.name} has no test images: add a test split, or more images per class.")
-    drawn = sample_few_shot(dataset.train, dataset.val, shots, seed, sampler, allow_fewer=allow_fewer)
-    train = dataset.train.subset(drawn.train_indices)
-    val = dataset.val.subset(drawn.val_indices) if dataset.val is not None and len(drawn.val_indices) else None
-    if protocol == "few-shot":
-        return Task(dataset, protocol, drawn, train, val, (TestPart("all", test, np.arange(len(test))),))
-    base, novel = split_base_novel(train.labels, len(dataset.class_names))
-    parts = tuple(TestPart(half.name, half.restrict(test), half.indices(test.labels)) for half in (base, novel))
-    empty = [part.name for part in parts if not len(part.split)]
-    if empty:
-        raise DataError(f"{dataset.name} has no test images of its {empty[0]} classes.")
-    return Task(dataset, protocol, drawn, base.restrict(train), None if val is None else base.restrict(val), parts)
 
 
 # --- which recipe -----------------------------------------------------------------------------------------------------
@@ -220,13 +124,15 @@ def plan_run(
     Raises:
         UnknownNameError: No such method or recipe.
         ConfigError: Settings that can't be used, all in one message.
+        DataError: A search was asked for, and there are too few validation images for one.
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    _check_searches(resolved, task)
     settings = {
-        "method": to_mapping(resolved.config),
-        "training": to_mapping(resolved.training) if kind.default_training is not None else {},
+        "method": _key_values(resolved.config),
+        "training": _key_values(resolved.training) if kind.default_training is not None else {},
         "templates": list(templates_of(task, chosen)),
         "precision": precision,
     }
@@ -245,6 +151,35 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _key_values(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, without those marked "later" that are at their default.
+
+    They came after runs had been made, and leave the keys of those as they are.
+    """
+    later = {item.name: item.default for item in fields(settings) if item.metadata.get("later")}
+    return {key: value for key, value in to_mapping(settings).items() if key not in later or value != later[key]}
+
+
+def _check_searches(resolved: Resolved, task: Task) -> None:
+    """Refuse a search that someone asked for where there is nothing to choose on.
+
+    A search that is merely a method's or a recipe's default is left out there, and the result says so. It takes
+    validation images of two classes: among those of one, whatever always answers that class is best.
+    """
+    asked = [
+        key
+        for key, origin in resolved.origins.items()
+        if key.startswith("method.search") and origin != "default" and not origin.startswith("recipe ")
+    ]
+    wanted = [key for key in asked if getattr(resolved.config, key.removeprefix("method.")) is True]
+    seen = 0 if task.val is None else len(set(task.val.labels.tolist()))
+    if wanted and seen < 2:
+        raise DataError(
+            f"{wanted[0]} asks for a choice on validation images of at least two classes, and {task.dataset.name} has"
+            f" {'none' if not seen else 'them of one only'}: add validation images, or leave the setting out."
+        )
 
 
 def run_method(
@@ -341,7 +276,7 @@ class _Run:
         return self._stored(split, training)
 
     def _views(self, training: TrainingSettings) -> ViewSettings:
-        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed, training.colour_jitter)
 
     def _frozen(self, method: Method, split: Split, training: TrainingSettings) -> Inputs | None:
         """Frozen features of the training images, for methods that train on pixels beside them.

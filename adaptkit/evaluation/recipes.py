@@ -27,7 +27,7 @@ TunedOn = Literal["none", "val", "test", "per-dataset-config"]
 TemplateUse = Literal["dataset", "recipe", "learned", "none"]
 
 SECTIONS = ("method", "training")
-VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip"})
+VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip", "colour_jitter"})
 """The training settings that a method without a gradient loop may still read (Tip-Adapter's cache of views)."""
 
 _KNOWN_NAME = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")

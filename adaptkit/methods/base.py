@@ -123,6 +123,7 @@ class Method(nn.Module):
         self.descriptions = check_descriptions(descriptions or {}) if reads else {}
         self._require_descriptions(self.fitted_names)
         self.uses_fallback = False
+        self.register_forward_pre_hook(_require_finite_inputs)
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
         self.build()
         self.to(backbone.device)
@@ -382,6 +383,27 @@ def draw_normal(shape: Sequence[int], std: float, numbers: torch.Generator) -> n
     return nn.Parameter(torch.randn(tuple(shape), generator=numbers) * std)
 
 
+def require_finite(values: Tensor, what: str = "Image") -> None:
+    """Refuse features [n, dim] or pixels [n, 3, h, w] that aren't finite.
+
+    Raises:
+        DataError: A value isn't finite; the message says of which image.
+    """
+    wrong = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
+    if len(wrong):
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        kind = "features" if values.dim() == 2 else "pixels"
+        raise DataError(
+            f"{what} {int(wrong[0])}{others} has {kind} that aren't finite: check the image, or encode in fp32."
+        )
+
+
+def _require_finite_inputs(method: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Before every answer: one bad row would spoil a whole transductive batch, and look like a class elsewhere."""
+    if not (method.training or torch.compiler.is_compiling()):
+        require_finite(given[0])
+
+
 def read_all(inputs: Inputs, view: int = 0) -> Tensor:
     """All inputs in one view, fp32, in order: features [n, dim] or pixels [n, 3, h, w].
 
@@ -389,12 +411,7 @@ def read_all(inputs: Inputs, view: int = 0) -> Tensor:
         DataError: A value isn't finite; the message says of which image.
     """
     values = inputs.select(torch.arange(len(inputs.labels)), view).detach().float()
-    wrong = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
-    if len(wrong):
-        raise DataError(
-            f"Image {int(wrong[0])} (and {len(wrong) - 1} more) has features that aren't finite: check the image, or"
-            " encode in fp32."
-        )
+    require_finite(values)
     return values
 
 

@@ -14,9 +14,10 @@ from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import TestSplit, TrainSplit, ValSplit
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
-from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import choose_recipe, plan_run, run_method
 from adaptkit.evaluation.recipes import list_recipes, load_recipe
 from adaptkit.evaluation.results import is_done, read_run, write_run
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods import methods
 from tests.quick import described, quick_overrides
 
@@ -230,3 +231,27 @@ def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):
 
     with pytest.raises(KeyboardInterrupt):
         run(backbone, store, "linear-probe", "few-shot", seed=11, progress=stop)
+
+
+def test_colour_jitter_is_in_a_key_only_where_it_is_on(backbone):
+    """Runs made before there was such a setting keep their keys."""
+    task = make_task(DIGITS, "few-shot", 4, 1)
+    off, zero, on = (
+        plan_run("clip-adapter", backbone, task, overrides=overrides).key
+        for overrides in ([], ["colour_jitter=0"], ["colour_jitter=0.4"])
+    )
+    assert "colour_jitter" not in off.settings["training"]
+    assert off.digest == zero.digest != on.digest
+    assert on.settings["training"]["colour_jitter"] == 0.4
+    assert plan_run("adaptclipzs", backbone, task, recipe="none").resolved.training.colour_jitter == 0.4
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "other"),
+    [("unem", "likelihood", "gaussian"), ("transclip", "start_from", "taskres")],
+)
+def test_settings_that_came_later_are_in_a_key_only_where_they_are_changed(backbone, method, setting, other):
+    task = make_task(DIGITS, "few-shot", 4, 1)
+    assert setting not in plan_run(method, backbone, task).key.settings["method"]
+    changed = plan_run(method, backbone, task, overrides=[f"{setting}={other}"]).key
+    assert changed.settings["method"][setting] == other

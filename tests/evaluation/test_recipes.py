@@ -159,6 +159,7 @@ def test_only_recipes_that_know_the_dataset_are_marked():
         "mmrlpp/few-shot-per-dataset",
         "prograd/few-shot-per-dataset",
         "promptsrc/few-shot-per-dataset",
+        "taskres/few-shot-per-dataset",
         "tip-adapter-f/few-shot-per-dataset",
         "tip-adapter/few-shot-per-dataset",
     ]
@@ -278,7 +279,7 @@ def test_default_then_recipe_then_file_then_flag(tmp_path):
     assert origins["method.num_context"] == origins["training.batch_size"] == f"file {file}"
     assert origins["training.epochs"] == "recipe mine"
     assert origins["method.class_position"] == origins["training.momentum"] == "default"
-    assert len(origins) == 4 + 18  # CoOp's fields and the loop's
+    assert len(origins) == 4 + 19  # CoOp's fields and the loop's
 
 
 def test_without_a_recipe_the_methods_own_defaults_count():

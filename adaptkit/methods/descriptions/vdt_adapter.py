@@ -161,7 +161,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
         if not self.config.search_ratio or val is None:
             why = {"why_not_searched": "there are no validation images"} if self.config.search_ratio else {}
             report = super().fit(task, loop)
-            return {**report, **facts, "ratio": float(self.ratio), "ratio_searched": False, "settings_tried": 0, **why}
+            return {**report, **facts, "ratio": float(self.ratio), "searched": False, "settings_tried": 0, **why}
         return {**self._search(task, val, loop), **facts}
 
     def _search(self, task: FitTask, val: Inputs, loop: TrainingLoop | None) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
         return {
             **report,
             "ratio": float(self.ratio),
-            "ratio_searched": True,
+            "searched": True,
             "settings_tried": len(found),
             "interrupted": len(found) < len(SEARCHED_RATIOS) or bool(found[-1][2].get("interrupted")),
             "val_accuracy": accuracy,
