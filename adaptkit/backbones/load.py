@@ -117,8 +117,8 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         device: Where it shall live.
 
     Returns:
-        The backbone, in evaluation mode, in fp32 unless the name says otherwise. `spec.opaque_image` and `spec.opaque_text` say which tower couldn't
-        be opened for methods that reach inside, and why.
+        The backbone, in evaluation mode, in fp32 unless the name says otherwise. `spec.opaque_image` and
+        `spec.opaque_text` say which tower couldn't be opened for methods that reach inside, and why.
 
     Raises:
         UnknownNameError: No such architecture, tag or scheme.

@@ -78,7 +78,8 @@ def load_transformers(name: str, identifier: str, weights: Weights = "fp32") -> 
     if hasattr(config, "text_config"):
         raise BackboneError(
             f"Backbone {name!r} is of the type {config.model_type!r}, which isn't supported. Supported with text:"
-            f" {', '.join(MODEL_TYPES)}; multimodal language models: {', '.join(FAMILY_OF_TYPE)}; models without text are supported where they give one vector per image."
+            f" {', '.join(MODEL_TYPES)}; multimodal language models: {', '.join(FAMILY_OF_TYPE)}; models without text"
+            " are supported where they give one vector per image."
         )
     from adaptkit.backbones.vision_only import transformers_vision_only
 

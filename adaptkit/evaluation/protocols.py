@@ -16,7 +16,7 @@ from adaptkit.backbones.base import Backbone
 from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
 from adaptkit.data.splits import Split, TestSplit
-from adaptkit.errors import AdaptKitWarning
+from adaptkit.errors import AdaptKitWarning, DataError
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
 from adaptkit.evaluation.recipes import Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (

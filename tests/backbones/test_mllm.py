@@ -1,4 +1,4 @@
-"""Every family of multimodal language models, tiny and random, through the loader: images, padding, caches, positions."""
+"""Every family of multimodal language models, tiny and random, through the loader: images, caches, positions."""
 
 from __future__ import annotations
 

@@ -28,7 +28,11 @@ def processor_of(kind: str):
     words = tiny.tokenizer(extra_special_tokens=EXTRA.get(kind, {}))
     if kind == "llava":
         return t.LlavaProcessor(
-            images, words, patch_size=tiny.PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+            images,
+            words,
+            patch_size=tiny.PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
         )
     if kind == "qwen2_vl":
         return t.Qwen2VLProcessor(images, words, t.Qwen2VLVideoProcessor())
@@ -98,7 +102,9 @@ def test_conversations_with_examples():
     made = prompter(tiny.USER)
     turns = [Turn("q", 1, "cat"), Turn("q", 1, "dog"), Turn("q")]
     text = made.render(turns)
-    assert text == "<s>USER: <image>\nq ASSISTANT: cat</s>USER: <image>\nq ASSISTANT: dog</s>USER: <image>\nq ASSISTANT:"
+    assert (
+        text == "<s>USER: <image>\nq ASSISTANT: cat</s>USER: <image>\nq ASSISTANT: dog</s>USER: <image>\nq ASSISTANT:"
+    )
     assert made.ids(turns, [1, 2, 3]).count(tiny.IDS["<image>"]) == 6
     plain = prompter("", "paligemma").render([Turn("q", 1, "cat"), Turn("q")])
     assert plain == "<image><s>q\ncat\n<image>q\n"

@@ -1,4 +1,5 @@
-"""Every registered method through the same behaviours, on a tiny random CLIP or MLLM. A new method is covered as it is added.
+"""Every registered method through the same behaviours, on a tiny random CLIP or MLLM. A new method is covered
+as it is added.
 
 What a method may do differently it declares: what it reads, what it does with classes it never saw, whether it needs
 text; methods that look at all test images together live in the folder "transductive".
@@ -253,7 +254,7 @@ def test_errors_are_ours(backbone, name):
 
 @pytest.mark.parametrize("other", [image_only, closed_text, any_mllm, tiny_clip])
 def test_backbones_it_cannot_use_are_refused_at_once(other, name):
-    """A backbone without text, one that can't be opened, an MLLM or none: it works whole, or is refused when the method is made."""
+    """Without text, with towers that stay closed, an MLLM or none: it works whole, or is refused when it is made."""
     backbone = other()
     try:
         method = make(backbone, name)

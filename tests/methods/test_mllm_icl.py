@@ -104,7 +104,7 @@ def test_circle_ends_and_looks_at_no_label(backbone):
     other, _ = fitted(backbone, mixed, labels="circle", rounds=3)
     assert torch.equal(method.targets, other.targets)
     assert task.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    once, report = fitted(backbone, labels="circle", rounds=1)
+    _, report = fitted(backbone, labels="circle", rounds=1)
     assert report["circle_rounds"] == 1
 
 

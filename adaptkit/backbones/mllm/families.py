@@ -90,9 +90,7 @@ class Family:
 
 _CHAT = "USER: {image}\n{text} ASSISTANT:"
 _IDEFICS_VISION = r"model\.vision_model\.encoder\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-_QWEN_VISION = (
-    r"model\.visual\.blocks\..*\.(qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
-)
+_QWEN_VISION = r"model\.visual\.blocks\..*\.(qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
 _BLIP_BRIDGE = ("qformer", "query_tokens", "language_projection")
 _BLIP_VISION = r"vision_model\.encoder\..*\.(qkv|projection|fc1|fc2)"
 

@@ -284,7 +284,7 @@ class MLLM(Backbone):
         return torch.cat(scores, dim=1)[:, torch.cat(order).argsort()]
 
     def _tree_mask(self, prefix: Prefix, sees: Tensor, depths: Tensor) -> Any:
-        """What tree tokens see: 0 or the lowest number, [rows, 1, nodes, prompt + nodes]; by kind of layer if needed."""
+        """What tree tokens see: 0 or the lowest number, [rows, 1, nodes, prompt + nodes]; by kind of layer."""
         prompt = prefix.mask.bool()[:, None, :].expand(-1, len(sees), -1)
         full = torch.cat([prompt, sees.expand(len(prompt), -1, -1)], dim=2)
         kinds = set(getattr(self._text_config, "layer_types", None) or ())

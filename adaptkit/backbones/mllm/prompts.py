@@ -84,8 +84,8 @@ class Prompter:
         for token in self.control_tokens:
             if token in text:
                 raise DataError(
-                    f"The {what} {text!r} holds {token!r}, which {self.name!r} reads as a control token and not as text:"
-                    " rename it."
+                    f"The {what} {text!r} holds {token!r}, which {self.name!r} reads as a control token and not as"
+                    " text: rename it."
                 )
         return text
 

@@ -18,7 +18,7 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError
 from adaptkit.methods.base import Method
-from adaptkit.types import Reads
+from adaptkit.types import NovelClasses, Reads
 
 QUESTION = "What {noun} is shown in the image? Answer with its name only."
 IMAGES_AT_ONCE = 16
@@ -35,7 +35,7 @@ class AskingMethod(Method):
 
     reads: ClassVar[Reads] = "images"
     needs_mllm: ClassVar[bool] = True
-    novel_classes = "open"
+    novel_classes: NovelClasses = "open"
     config: Any
 
     def build(self) -> None:
@@ -51,7 +51,7 @@ class AskingMethod(Method):
 
     @property
     def noun(self) -> str:
-        """What kind of thing is asked for: the setting, else what the templates say ("a type of pet"), else "object"."""
+        """What kind of thing is asked for: the setting, else what a template says ("a type of pet"), else "object"."""
         if self.config.noun:
             return str(self.config.noun)
         found = [match["noun"] for match in map(_NOUN.search, self.templates) if match]

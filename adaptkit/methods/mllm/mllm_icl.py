@@ -2,8 +2,8 @@
 
 Source: mllm sheet `few-shot-classifier.md`, routes 5 (in-context examples, with CIRCLE's pseudo-labels, arXiv
 2602.23229) and 6 (pairwise same-class decisions, arXiv 2607.00125).
-Differs from the sheet: CIRCLE relabels from the shots' images alone, whose true labels it doesn't look at; pairs are put
-in both orders by default, so that the order can't matter.
+Differs from the sheet: CIRCLE relabels from the shots' images alone, whose true labels it doesn't look at; pairs are
+put in both orders by default, so that the order can't matter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class MllmIclConfig(MethodConfig):
     )
     orders: int = field(default=1, metadata={"help": "context: orders of the examples that scores are averaged over."})
     labels: Literal["given", "circle"] = field(
-        default="given", metadata={"help": "context: the shots' labels, or CIRCLE's pseudo-labels (labels not looked at)."}
+        default="given",
+        metadata={"help": "context: the shots' labels, or CIRCLE's pseudo-labels (labels not looked at)."},
     )
     rounds: int = field(default=5, metadata={"help": "circle: most rounds of relabelling; it stops when none changes."})
     normalisation: Literal["sum", "mean"] = field(

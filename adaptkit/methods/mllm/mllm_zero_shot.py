@@ -1,7 +1,7 @@
 """MLLM zero-shot: asks a multimodal language model for the class, by likelihood, letters, constrained or free answers.
 
-Source: mllm sheet `few-shot-classifier.md`, routes 1 to 4 (likelihood scoring over a prefix tree, cyclic multiple choice,
-constrained generation, open-ended generation with matching); sheet `base-to-novel.md` for the defaults.
+Source: mllm sheet `few-shot-classifier.md`, routes 1 to 4 (likelihood scoring over a prefix tree, cyclic multiple
+choice, constrained generation, open-ended generation with matching); sheet `base-to-novel.md` for the defaults.
 Differs from the sheet: a multiple choice of more classes than options is shortlisted by the likelihood route.
 """
 
@@ -49,8 +49,8 @@ class MllmZeroShotConfig(MethodConfig):
     normalisation: Normalisation = field(
         default="mean",
         metadata={
-            "help": "Of likelihoods: sum; mean over tokens; pmi (less the likelihood without image); pmi-null (less that"
-            " of blank images); calibrated (scale and shift per class, fitted on the shots)."
+            "help": "Of likelihoods: sum; mean over tokens; pmi (less the likelihood without image); pmi-null (less"
+            " that of blank images); calibrated (scale and shift per class, fitted on the shots)."
         },
     )
     prompt: str = field(default=QUESTION, metadata={"help": "The question; {noun} is put in."})
@@ -61,7 +61,9 @@ class MllmZeroShotConfig(MethodConfig):
         default=True, metadata={"help": "Count the token that ends the answer as part of each name."}
     )
     options: int = field(default=4, metadata={"help": "letters: options per question; more classes are shortlisted."})
-    shifts: int = field(default=0, metadata={"help": "letters: rotations averaged over; 0 is one per option, at most 5."})
+    shifts: int = field(
+        default=0, metadata={"help": "letters: rotations averaged over; 0 is one per option, at most 5."}
+    )
     beams: int = field(default=5, metadata={"help": "constrained: beam width; 1 is greedy."})
     max_tokens: int = field(default=32, metadata={"help": "open: most tokens of an answer."})
     aliases: dict[str, tuple[str, ...]] = field(
@@ -99,6 +101,8 @@ class MllmZeroShot(AskingMethod):
     name = "mllm-zero-shot"
     config_class = MllmZeroShotConfig
     config: MllmZeroShotConfig
+    scale: Tensor
+    shift: Tensor
 
     def build(self) -> None:
         super().build()
