@@ -2,7 +2,8 @@
 
 The linear layers of the blocks are quantised: they hold nearly all weights of a tower besides its embeddings, which
 stay as they are, as norms and the last projection do; of a multimodal model it is those of the language model. A
-quantised backbone computes other features than the full one, so it has a name ("ViT-L-14/openai@nf4") and a digest of its own.
+quantised backbone computes other features than the full one, so it has a name ("ViT-L-14/openai@nf4") and a digest of
+its own.
 
 Source: LLM.int8() arXiv 2208.07339 ("int8", outliers above 6 stay in half precision); QLoRA arXiv 2305.14314 ("nf4",
 blocks of 64 weights).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,12 @@ def _model(name: str, source: str, dtype: torch.dtype | str) -> Any:
         raise BackboneError(
             f"The files of backbone {name!r} lack {len(missing)} weights ({', '.join(missing[:3])}, …), so it would be"
             " partly random: they were made for another architecture, or are incomplete."
+        )
+    body = getattr(model, "model", None)
+    if body is not None and "mm_encoder_outputs" not in inspect.signature(body.forward).parameters:
+        raise BackboneError(
+            f"Multimodal language models such as {name!r} need a newer transformers, which takes image features that"
+            " were computed before (5.23 does): pip install -U transformers."
         )
     return model.eval()
 

@@ -32,6 +32,9 @@ TEXT_PROMPT = "{}\nSummarise the sentence in one word."
 HEAD_BYTES = 256 * 2**20
 """Room for logits over the whole vocabulary; they are made in pieces and only what is asked for is kept."""
 
+KEYS_BYTES = 2 * 2**30
+"""Room for keys and values of prompts that are asked together."""
+
 TREE_NODES = 512
 """Tokens of a candidate tree that go through the model together."""
 
@@ -237,6 +240,14 @@ class MLLM(Backbone):
         hidden = self.hidden(batch, features, cache=cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return Prefix(layers, batch.mask, batch.next_position, hidden[:, -1])
+
+    def rows_at_once(self, length: int, most: int = 16) -> int:
+        """How many prompts of `length` tokens to put through the model together, at least 1."""
+        config = self._text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        return max(1, min(most, KEYS_BYTES // (token * length)))
 
     # --- continuations ------------------------------------------------------------------------------------------------
 

@@ -59,9 +59,9 @@ class Prompter:
         self.template, self.image_token, self.context = template, image_token, context
         self.marker = family.marker or image_token
         self._bos = tokenizer.bos_token or ""
-        added = [str(token) for token in tokenizer.get_added_vocab()]
-        wrappers = [token for token in (family.marker, image_token) if token]
-        self.control_tokens = tuple(sorted({*tokenizer.all_special_tokens, *added, *wrappers} - {""}))
+        # added tokens that aren't special are ordinary text, such as Gemma's runs of spaces
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = tuple(sorted({*tokenizer.all_special_tokens, *special, self.marker, image_token}))
 
     @property
     def digest(self) -> str:
@@ -203,10 +203,9 @@ class Prompter:
 
     def _end(self, rest: str) -> int:
         """The token that ends a turn: what the template writes behind an answer, else the end of the text."""
-        for token in self.control_tokens:
-            if rest.lstrip().startswith(token):
-                return int(self.tokenizer.convert_tokens_to_ids(token))
-        return int(self.tokenizer.eos_token_id)
+        behind = self.tokenizer(rest.lstrip(), add_special_tokens=False).input_ids if rest.strip() else []
+        added = set(self.tokenizer.get_added_vocab().values())
+        return int(behind[0] if behind and behind[0] in added else self.tokenizer.eos_token_id)
 
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens at which a generated answer ends."""

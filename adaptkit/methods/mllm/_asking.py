@@ -21,9 +21,6 @@ from adaptkit.methods.base import Method
 from adaptkit.types import NovelClasses, Reads
 
 QUESTION = "What {noun} is shown in the image? Answer with its name only."
-IMAGES_AT_ONCE = 16
-"""Images whose prompts go through the language model together; it bounds memory, and changes no number."""
-
 _NOUN = re.compile(r"a (?:type|kind) of (?P<noun>[a-z ]+?)\W*$")
 
 
@@ -90,9 +87,19 @@ class AskingMethod(Method):
         noise = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
         return torch.stack([torch.full((3, side, side), 0.5), noise]).to(self.backbone.device)
 
-    def in_groups(self, pixels: Tensor, at_once: int = IMAGES_AT_ONCE) -> Iterator[ImageFeatures]:
-        """Features of images in groups that fit into memory."""
-        for group in pixels.split(at_once):
+    def at_once(self, images: int = 1, text: int = 0) -> int:
+        """How many prompts go through the model together; it bounds memory, and changes no number.
+
+        Args:
+            images: How many images a prompt shows, each with the question.
+            text: Further tokens.
+        """
+        question = len(self.mllm.prompter.ids([Turn(self.question)], [self.placeholders]))
+        return self.mllm.rows_at_once(images * question + text)
+
+    def in_groups(self, pixels: Tensor, at_once: int = 0) -> Iterator[ImageFeatures]:
+        """Features of images in groups that are asked about together; 0 leaves their size to `at_once`."""
+        for group in pixels.split(at_once or self.at_once()):
             yield self.features(group)
 
     def prefix(self, features: ImageFeatures, turns: Sequence[Sequence[Turn]]) -> Prefix:

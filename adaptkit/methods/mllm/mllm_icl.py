@@ -21,14 +21,11 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig, progress_of
-from adaptkit.methods.mllm._asking import IMAGES_AT_ONCE, QUESTION, AskingMethod, asked
+from adaptkit.methods.mllm._asking import QUESTION, AskingMethod, asked
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.types import FitTask, TrainingLoop
 
 PAIR_QUESTION = "Do both images show the same {noun}? Answer yes or no."
-ROWS_AT_ONCE = 8
-"""Prompts with examples that go through the model together; it bounds memory, and changes no number."""
-
 UNLISTED = 1e3
 """How far classes that weren't compared pair by pair stay below those that were."""
 
@@ -147,7 +144,7 @@ class MllmIcl(AskingMethod):
     def _circle(self, loop: TrainingLoop | None) -> dict[str, Any]:
         """Label the shots by the model: first without context, then each with the others as context, until stable."""
         shots, trie, show = self.shots(), self.trie(), progress_of(loop)
-        groups = [group.tolist() for group in torch.arange(len(shots)).split(ROWS_AT_ONCE)]
+        groups = [group.tolist() for group in torch.arange(len(shots)).split(self.at_once(self.config.examples + 1))]
         scores = torch.cat([self.mllm.candidate_scores(self.asked(shots.select(group)), trie) for group in groups])
         self.targets.copy_(normalised(scores, trie.lengths, self.config.normalisation).argmax(dim=1))
         changed, done = len(shots), 0
@@ -176,7 +173,9 @@ class MllmIcl(AskingMethod):
     def forward(self, inputs: Tensor) -> Tensor:
         answer = self._in_context if self.config.route == "context" else self._pairs
         with torch.no_grad():
-            return torch.cat([answer(group) for group in self.in_groups(inputs, ROWS_AT_ONCE)])
+            return torch.cat(
+                [answer(group) for group in self.in_groups(inputs, self.at_once(self.config.examples + 1))]
+            )
 
     def _in_context(
         self, queries: ImageFeatures, *, leave_out: Sequence[int] = (), targets: Tensor | None = None
@@ -246,9 +245,9 @@ class MllmIcl(AskingMethod):
         """log p(yes) - log p(no) of the query beside each support, [supports]."""
         turn, shots = Turn(self.pair_question, 2), self.shots()
         directions = (1, -1) if self.config.both_orders else (1,)
-        parts = []
-        for start in range(0, len(supports), IMAGES_AT_ONCE):
-            some = supports[start : start + IMAGES_AT_ONCE]
+        parts, step = [], self.at_once(2)
+        for start in range(0, len(supports), step):
+            some = supports[start : start + step]
             total = torch.zeros(len(some), device=self.backbone.device)
             for direction in directions:
                 pairs = [image for index in some for image in (query, shots.select([index]))[::direction]]
