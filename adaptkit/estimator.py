@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from adaptkit.config import to_mapping
 from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
 from adaptkit.data.transforms import augment, to_pixels
-from adaptkit.errors import AdapterError, ConfigError, DataError, MissingPathError
+from adaptkit.errors import AdapterError, AdaptKitWarning, ConfigError, DataError, MissingPathError
 from adaptkit.evaluation.recipes import Resolved, load_recipe, resolve
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, save_adapter
@@ -244,7 +245,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             inputs = look.view(pictures, batch, 0).to(method.backbone.device)
             with torch.no_grad():
                 parts.append(method(inputs).double().cpu())
-        return torch.cat(parts).numpy()
+        logits = torch.cat(parts)
+        unanswered = logits.isnan().all(dim=1)
+        if bool(unanswered.any()):
+            warnings.warn(
+                f"{method.name} got no answer that names a class for {int(unanswered.sum())} of {len(logits)} images:"
+                " all classes are equally likely there.",
+                AdaptKitWarning,
+                stacklevel=3,
+            )
+        return torch.where(unanswered[:, None], 0.0, logits).numpy()
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
         """Logits [n, classes]; for two classes, as scikit-learn wants it, those of the second minus the first, [n]."""

@@ -53,6 +53,7 @@ def _methods(name: str | None, as_json: bool) -> None:
         "reads": kind.reads,
         "classes it never saw": str(kind.novel_classes),
         "needs text": kind.needs_text,
+        "needs a multimodal language model": kind.needs_mllm,
     }
     if as_json:
         keys = ["name", "type", "default", "help"]
@@ -181,6 +182,10 @@ def _backbones(name: str | None, as_json: bool) -> None:
         [
             "transformers:ID_OR_FOLDER",
             "CLIP, SigLIP, SigLIP 2, ALIGN, AltCLIP, Chinese-CLIP, MetaCLIP 2, DINOv2 of transformers",
+        ],
+        [
+            "transformers:ID_OR_FOLDER",
+            "multimodal language models: LLaVA, Qwen-VL, SmolVLM, Idefics, InternVL, Gemma 3, PaliGemma, BLIP-2; @bf16",
         ],
         ["timm:NAME_OR_FOLDER", "image encoders without text"],
     ]

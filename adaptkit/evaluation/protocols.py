@@ -367,9 +367,12 @@ class _Run:
         if part.columns:
             logits = np.ascontiguousarray(logits[:, part.columns])
         labels = part.split.labels
+        answered = np.ones(len(labels), dtype=bool)
+        if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
+            logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
-        confidence = np.exp(log_softmax(logits).max(axis=1))
-        predicted = logits.argmax(axis=1)
+        confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
+        predicted = np.where(answered, logits.argmax(axis=1), -1)
         result = _part_result(part, metrics, method)
         method.set_classes(method.fitted_names)
         return result, Predictions(part.name, part.positions, labels, predicted, confidence)
@@ -485,14 +488,37 @@ def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
     return "val" if report.get("searched") else "none"
 
 
+def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits in which an image without an answer counts as wrong, and which images have one.
+
+    A method that gets no usable answer for an image gives a row of NaN. In place of it all classes but the right one
+    share the probability, so that no metric profits.
+
+    Args:
+        logits: [n, classes].
+        labels: [n].
+
+    Returns:
+        The logits, and bool [n].
+    """
+    answered = ~np.isnan(logits).all(axis=1)
+    if answered.all():
+        return logits, answered
+    logits = logits.copy()
+    logits[~answered] = 0.0
+    logits[~answered, labels[~answered]] = -np.inf
+    return logits, answered
+
+
 def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
     learned = bool(method.context_vectors()) and not method.uses_fallback
+    answers = method.answer_facts()
     return PartResult(
         part.name,
         metrics.num_classes,
         metrics.correct,
         metrics.total,
-        metrics.to_dict(),
+        {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
         metrics.per_class,
         method.uses_fallback,
         () if part.other is None or learned else method.templates,

@@ -69,6 +69,8 @@ class Method(nn.Module):
             Not every method that has them trains by gradient (Tip-Adapter only reads the views): see `GradientMethod`.
         name: Its registered name; `adaptkit.methods.methods.get` sets nothing, the class says it.
         needs_text: Whether the backbone must have a text encoder.
+        needs_mllm: Whether the backbone must be a multimodal language model.
+        keeps_images: Whether it stores training images: an adapter is then as large as they are.
         reads_descriptions: Whether it reads sentences about classes: "never", "optional" (it uses those it is given)
             or "needed".
         transductive: Whether an image's logits depend on the others of its batch: tests then come in one batch, or in
@@ -92,6 +94,8 @@ class Method(nn.Module):
     novel_classes: NovelClasses = "open"
     default_training: ClassVar[TrainingSettings | None] = None
     needs_text: ClassVar[bool] = True
+    needs_mllm: ClassVar[bool] = False
+    keeps_images: ClassVar[bool] = False
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "never"
     transductive: ClassVar[bool] = False
     scores_by_class_list: ClassVar[bool] = False
@@ -118,6 +122,11 @@ class Method(nn.Module):
         self.config = self.config_class() if config is None else config
         if not isinstance(self.config, self.config_class):
             raise ConfigError(f"{self.name} takes a {self.config_class.__name__}, not a {type(self.config).__name__}.")
+        if self.needs_mllm and not backbone.is_mllm:
+            raise UnsupportedError(
+                f"{self.name} asks a multimodal language model, and {backbone.spec.name!r} isn't one: choose a backbone"
+                " such as 'transformers:Qwen/Qwen2.5-VL-3B-Instruct', or a method for CLIP-like backbones (zero-shot)."
+            )
         if self.needs_text and not backbone.has_text:
             raise UnsupportedError(
                 f"{self.name} compares images with class names, and {backbone.spec.name!r} has no text encoder:"
@@ -163,6 +172,10 @@ class Method(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [batch, classes] of unnormalised features [batch, dim] or pixels [batch, 3, h, w] (see `reads`)."""
         raise NotImplementedError(f"{type(self).__name__} doesn't define forward.")
+
+    def answer_facts(self) -> dict[str, Any]:
+        """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
+        return {}
 
     def resize_for(self, state: Mapping[str, Tensor]) -> None:
         """Give the trainables the sizes of a state about to be loaded, for methods whose sizes come from the data.
