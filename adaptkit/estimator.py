@@ -31,10 +31,17 @@ from adaptkit.config import to_mapping
 from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
 from adaptkit.data.transforms import augment, to_pixels
-from adaptkit.errors import AdapterError, ConfigError, DataError, MissingPathError
+from adaptkit.errors import ConfigError, DataError, MissingPathError
 from adaptkit.evaluation.recipes import Resolved, load_recipe, resolve
 from adaptkit.methods import methods
-from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, save_adapter
+from adaptkit.methods.adapter import (
+    LABEL_FACTS,
+    AdaptedModel,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+    saved_labels,
+)
 from adaptkit.methods.base import GradientMethod
 from adaptkit.storage import digest_bytes, digest_file, digest_json
 from adaptkit.training.loop import fit_method
@@ -46,8 +53,6 @@ MEMO_BYTES = 128 * 2**20
 
 PIXEL_BYTES = 512 * 2**20
 """Training pixels held in memory; where there are more, they are made again in every step."""
-
-_FACTS = "classifier"
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
@@ -278,7 +283,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             StorageError: The folder can't be written, or isn't empty.
         """
         check_is_fitted(self, "model_")
-        facts = {_FACTS: {"labels": self.classes_.tolist()}, "seed": int(self.seed)}
+        facts = {LABEL_FACTS: {"labels": self.classes_.tolist()}, "seed": int(self.seed)}
         return save_adapter(folder, self.model_, facts, overwrite=overwrite)
 
 
@@ -297,7 +302,7 @@ def load(
         AdapterError: The folder is damaged, or the backbone isn't the one it was trained on.
     """
     config = read_adapter_config(folder)
-    labels = _saved_labels(config.facts.get(_FACTS), config.class_names, folder)
+    labels = saved_labels(config, folder)
     model = load_adapter(folder, _loaded(config.backbone["name"], device) if backbone is None else backbone)
     names = {label: name for label, name in zip(labels, config.class_names, strict=True) if label != name}
     seed = config.facts.get("seed", 0)
@@ -317,19 +322,6 @@ def load(
     classifier.report_, classifier.origins_ = {}, {}
     classifier.model_ = model
     return classifier
-
-
-def _saved_labels(content: Any, names: tuple[str, ...], folder: str | Path) -> list[Any]:
-    """Labels in the order of the class names; adapters of `adaptkit run` have none besides the names."""
-    if content is None:
-        return list(names)
-    labels = content.get("labels") if isinstance(content, Mapping) else None
-    kinds = {type(label) for label in labels} if isinstance(labels, list) else set()
-    if not isinstance(labels, list) or len(labels) != len(names) or kinds not in ({str}, {int}, {bool}):
-        raise AdapterError(f"The labels in {folder} don't fit its {len(names)} classes: save the classifier again.")
-    if len(set(labels)) < len(labels):
-        raise AdapterError(f"The labels in {folder} hold one twice: save the classifier again.")
-    return labels
 
 
 @lru_cache(maxsize=2)

@@ -60,7 +60,7 @@ class Folded(nn.Module):
 
 
 def fold(model: AdaptedModel | Method) -> Folded:
-    """Reduce an adapter to what its current classes need; folding proves itself on two random images.
+    """Reduce an adapter to what its current classes need; folding proves itself on two random inputs.
 
     Raises:
         UnsupportedError: The method can't be folded (the message says why), or what it folds to answers otherwise.
@@ -73,10 +73,12 @@ def fold(model: AdaptedModel | Method) -> Folded:
 
 
 def _prove(method: Method, folded: Folded) -> None:
-    side = method.backbone.spec.preprocessing.image_size
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(method.backbone.device)
-    wanted = AdaptedModel(method)(pixels)
-    difference = float((folded(pixels) - wanted).abs().max())
+    side, dim = method.backbone.spec.preprocessing.image_size, method.backbone.spec.embed_dim
+    on_features = folded.reads_features and method.reads == "image_features"  # the encoder itself is the same
+    shape = (2, dim) if on_features else (2, 3, side, side)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(method.backbone.device)
+    wanted = method(inputs) if on_features or method.reads == "images" else AdaptedModel(method)(inputs)
+    difference = float(((folded.head if on_features else folded)(inputs) - wanted).abs().max())
     if not difference <= _ALLOWED * max(1.0, float(wanted.abs().max())):
         raise UnsupportedError(
             f"{method.name} folds to something that answers otherwise (logits differ by {difference:.3g}), so it isn't"

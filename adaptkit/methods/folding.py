@@ -113,7 +113,7 @@ class ClassBlocks:
 
 
 class CacheHead(nn.Module):
-    """Zero-shot logits plus what similar shots say: text · f + alpha · Σ over a class's keys value · exp(beta (key·f - 1)).
+    """Zero-shot logits, and alpha times the sum of value · exp(beta (key · f - 1)) over a class's keys.
 
     Args:
         text: Zero-shot classifier on unit features; its own normalisation is left out.

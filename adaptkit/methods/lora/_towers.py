@@ -63,8 +63,8 @@ def own_biases(tower: nn.Module, wanted: Callable[[str], bool] = lambda name: Tr
             module.bias = nn.Parameter(module.bias.detach().clone())
 
 
-def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None) -> None:
-    """Put peft's layers into a shared copy, drawn from `seed` (None where nothing is drawn).
+def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None, name: str = _ADAPTER) -> None:
+    """Put peft's layers for an adapter `name` into a shared copy, drawn from `seed` (None where nothing is drawn).
 
     Raises:
         ConfigError: peft refuses the settings, or finds none of the target layers.
@@ -77,7 +77,7 @@ def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None) -> Non
         if seed is not None:
             torch.manual_seed(seed)  # peft draws on the CPU, from torch's own generator
         try:
-            peft.inject_adapter_in_model(config, tower, adapter_name=_ADAPTER)
+            peft.inject_adapter_in_model(config, tower, adapter_name=name)
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"peft can't change the {word} tower with these settings: {reason:.300}.") from error
