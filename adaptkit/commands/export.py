@@ -54,9 +54,10 @@ def command(
     Example:
       adaptkit export runs/first/best --format onnx --out exported
     """
+    from adaptkit.evaluation.calibration import read_calibration
     from adaptkit.export.package import check_exportable, export_adapter
     from adaptkit.methods import methods
-    from adaptkit.methods.adapter import load_adapter, read_adapter_config, saved_labels
+    from adaptkit.methods.adapter import LABEL_FACTS, load_adapter, read_adapter_config, saved_labels
 
     if merge and format_ not in (None, "open-clip"):
         raise ConfigError(f"--merge is --format open-clip: leave it out, or leave out --format {format_}.")
@@ -72,6 +73,7 @@ def command(
     from adaptkit.backbones.load import load_backbone
 
     labels = saved_labels(config, folder)
+    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
     given = None if backbone is None else load_backbone(backbone, device=device)
     model = load_adapter(folder, given, device=device)
     with console.progress_bars(not as_json) as progress:
@@ -80,6 +82,7 @@ def command(
             out,
             format_,  # type: ignore[arg-type]  # click lets only the known ones through
             labels=labels,
+            temperature=1.0 if saved is None else read_calibration(saved, str(folder)).temperature,
             images=images,
             int8=int8,
             overwrite=overwrite,

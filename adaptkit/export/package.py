@@ -61,6 +61,7 @@ def export_adapter(
     format: Format,
     *,
     labels: Sequence[Any] | None = None,
+    temperature: float = 1.0,
     images: str | Path | None = None,
     int8: bool = False,
     overwrite: bool = False,
@@ -73,6 +74,8 @@ def export_adapter(
         folder: Where to; must not exist or be empty, unless `overwrite`. It appears whole or not at all.
         format: "onnx", "torch" (torch.export) or "open-clip" (a checkpoint, for methods that learn inside the towers).
         labels: What to call the classes, in their order; None for their names.
+        temperature: What logits are divided by before they become probabilities (see `FewShotClassifier.calibrate`);
+            it is written down beside the labels, the model gives plain logits.
         images: A folder of images to compare on; those in folders called like a class are labelled. None draws some.
         int8: Write ONNX in 8 bits as well, and measure what that changes.
         overwrite: Replace an existing folder.
@@ -104,7 +107,7 @@ def export_adapter(
             check_near(report["models"][_MODEL_FILES[format]], building / _MODEL_FILES[format])
             for name, facts in report["models"].items():
                 facts["bytes"] = (building / name).stat().st_size
-            _write_facts(model, building, names, report)
+            _write_facts(model, building, names, temperature, report)
             (building / "README.md").write_text(_readme(model, format, names, report), encoding="utf-8")
     return report
 
@@ -147,9 +150,16 @@ def _checkpoint_answer(method: Method, folder: Path) -> formats.Answer:
     return answer
 
 
-def _write_facts(model: AdaptedModel, folder: Path, labels: Sequence[Any], report: Mapping[str, Any]) -> None:
-    names, templates = list(model.class_names), list(model.method.templates)
-    write_json(folder / "labels.json", {"labels": list(labels), "class_names": names, "templates": templates})
+def _write_facts(
+    model: AdaptedModel, folder: Path, labels: Sequence[Any], temperature: float, report: Mapping[str, Any]
+) -> None:
+    facts = {
+        "labels": list(labels),
+        "class_names": list(model.class_names),
+        "templates": list(model.method.templates),
+        "temperature": temperature,
+    }
+    write_json(folder / "labels.json", facts)
     write_json(folder / "preprocessing.json", model.backbone.spec.preprocessing.to_dict())
     write_json(folder / PARITY_FILE, dict(report))
 
@@ -165,14 +175,14 @@ logits = program(torch.from_numpy(pixels)).detach().numpy()  # [images, classes]
 _IMPORTS = {"onnx": "import onnxruntime\n", "torch": "import torch\n", "open-clip": "import open_clip\nimport torch\n"}
 _TAIL = """
 folder, paths = ".", ["image.jpg"]  # this folder, and your images
-labels = json.load(open(f"{folder}/labels.json", encoding="utf-8"))["labels"]
+facts = json.load(open(f"{folder}/labels.json", encoding="utf-8"))
 settings = json.load(open(f"{folder}/preprocessing.json", encoding="utf-8"))
 pixels = np.stack([to_input(read_rgb(path), settings) for path in paths])  # float32 [images, 3, size, size]
 {run}
-odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+odds = np.exp((logits - logits.max(axis=1, keepdims=True)) / facts["temperature"])
 odds /= odds.sum(axis=1, keepdims=True)
 for path, row in zip(paths, odds):
-    print(path, labels[row.argmax()], f"{row.max():.3f}")
+    print(path, facts["labels"][row.argmax()], f"{row.max():.3f}")
 """
 _OPEN_CLIP = """import json
 
@@ -193,7 +203,7 @@ with torch.no_grad():
     texts = torch.nn.functional.normalize(texts, dim=-1)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ texts.T
-for path, row in zip(paths, logits):
+for path, row in zip(paths, logits / facts["temperature"]):
     print(path, facts["labels"][int(row.argmax())], f"{float(row.softmax(0).max()):.3f}")
 """
 _NEEDS = {

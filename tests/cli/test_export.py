@@ -65,10 +65,12 @@ def test_what_cannot_be_exported(refused, trained, tmp_path):
     assert not out.exists()
 
 
-def test_onnx_compared_on_labelled_images(call, refused, trained, photos, tmp_path):
+def test_onnx_compared_on_labelled_images(call, refused, photos, tmp_path):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    run, out = trained("clip-adapter"), tmp_path / "out"
+    run, out = tmp_path / "probe", tmp_path / "out"
+    outcome = call("run", photos, "--method", "linear-probe", "--shots", 2, "--out", run)
+    assert outcome.exit_code == 0, outcome.output
     words = ("export", run, "--format", "onnx", "--int8", "--images", photos, "--out", out)
     outcome = call(*words)
     assert outcome.exit_code == 0, outcome.output

@@ -12,6 +12,7 @@ import torch
 from adaptkit.backbones.load import load_backbone
 from adaptkit.errors import ConfigError, StorageError, UnsupportedError
 from adaptkit.estimator import FewShotClassifier
+from adaptkit.evaluation.calibration import softmax
 from adaptkit.export import formats, package
 from adaptkit.export.fold import Folded, fold
 from adaptkit.export.package import export_adapter, snippet
@@ -49,7 +50,7 @@ def probes(tmp_path_factory):
 def exported(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "exported"
     labels = classifier.classes_.tolist()
-    report = export_adapter(classifier.model_, folder, "onnx", labels=labels, int8=True)
+    report = export_adapter(classifier.model_, folder, "onnx", labels=labels, temperature=1.6, int8=True)
     return folder, report
 
 
@@ -88,7 +89,8 @@ def test_the_readme_runs_without_torch_and_adaptkit(exported, classifier, probes
     folder, _ = exported
     refused = ("torch", "torchvision", "adaptkit", "open_clip", "transformers", "onnx", "sklearn", "scipy")
     printed = run_alone(asked_about(readme_python(folder), probes.files), folder, refused)
-    given, odds = answers(printed), classifier.predict_proba([str(path) for path in probes.files])
+    logits = classifier.decision_function([str(path) for path in probes.files])
+    given, odds = answers(printed), softmax(logits / 1.6)
     assert [int(label) for label, _ in given] == classifier.classes_[odds.argmax(axis=1)].tolist()
     np.testing.assert_allclose([float(odd) for _, odd in given], odds.max(axis=1), atol=1e-3)
     assert len(given) == 32
