@@ -29,6 +29,9 @@ from adaptkit.storage import new_folder, read_json, read_safetensors, write_json
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LABEL_FACTS = "classifier"
+"""Where the facts keep the labels of a `FewShotClassifier`."""
+
 _MAX_CONFIG_BYTES = 32 * 2**20
 _MAX_WEIGHT_BYTES = 8 * 2**30
 
@@ -154,6 +157,26 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         if not isinstance(config.backbone.get(key), str):
             raise AdapterError(f"{path} doesn't name its backbone's {key}: save the adapter again.")
     return config
+
+
+def saved_labels(config: AdapterConfig, folder: str | Path) -> list[Any]:
+    """A classifier's own labels in the order of the class names, which they are where an adapter has none besides.
+
+    Raises:
+        AdapterError: They don't fit the classes.
+    """
+    content = config.facts.get(LABEL_FACTS)
+    if content is None:
+        return list(config.class_names)
+    labels = content.get("labels") if isinstance(content, Mapping) else None
+    kinds = {type(label) for label in labels} if isinstance(labels, list) else set()
+    if not isinstance(labels, list) or len(labels) != len(config.class_names) or kinds not in ({str}, {int}, {bool}):
+        raise AdapterError(
+            f"The labels in {folder} don't fit its {len(config.class_names)} classes: save the classifier again."
+        )
+    if len(set(labels)) < len(labels):
+        raise AdapterError(f"The labels in {folder} hold one twice: save the classifier again.")
+    return labels
 
 
 def load_adapter(

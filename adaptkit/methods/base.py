@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptkit.backbones.base import Backbone
 from adaptkit.config import check_templates
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnsupportedError
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import (
     DEFAULT_TEMPLATES,
     FitTask,
@@ -177,6 +178,21 @@ class Method(nn.Module):
         """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
         return {}
 
+    def fold(self) -> Fold:
+        """What answering needs for the current classes, and no more; call it without gradients.
+
+        Raises:
+            UnsupportedError: It needs the text tower, or other images, for every answer; the message says which.
+        """
+        if self.transductive:
+            raise UnsupportedError(
+                f"{self.name} can't be folded: what it answers for an image depends on the images it is asked about"
+                " with it. Keep the adapter folder, which 'adaptkit predict' reads, or choose an inductive method."
+            )
+        raise UnsupportedError(
+            f"{self.name} doesn't say how it folds: keep the adapter folder, which 'adaptkit predict' reads."
+        )
+
     def resize_for(self, state: Mapping[str, Tensor]) -> None:
         """Give the trainables the sizes of a state about to be loaded, for methods whose sizes come from the data.
 
@@ -310,6 +326,15 @@ class Method(nn.Module):
                 weights = zero_shot_weights(self.backbone, self.class_names, self.templates)
             self._zero_shot_memo = (key, weights)
         return self._zero_shot_memo[1]
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        """What cosines are multiplied with, and what is added: here the backbone's."""
+        return float(self.backbone.logit_scale), float(self.backbone.logit_bias)
+
+    def cosine_head(self, weights: Tensor) -> MatrixHead:
+        """The fold of `cosine_logits` with class weights [classes, dim]."""
+        scale, bias = self.scale_and_bias()
+        return MatrixHead(weights, scale=scale, bias=bias)
 
     def cosine_logits(self, features: Tensor, weights: Tensor) -> Tensor:
         """scale · cosine + bias: [batch, dim] and unit weights [classes, dim] to [batch, classes], fp32.
@@ -529,6 +554,13 @@ class ClassWeightMethod(Method):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(inputs, self.folded_weights())
+
+    def fold_tower(self) -> nn.Module | None:
+        """The adapted image tower, from pixels to features; None where it is the frozen backbone's."""
+        return None
+
+    def fold(self) -> Fold:
+        return Fold(self.cosine_head(self.folded_weights()), self.fold_tower())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from adaptkit.errors import AdapterError, ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, Inputs, NovelClasses, TrainingLoop, TrainingSettings
 
 _ROWS = 8192  # samples, or validation images, that are worked on at a time
@@ -270,6 +271,12 @@ class GDA(Method):
         if len(self.features) < 2:  # not fitted yet
             return torch.zeros_like(text), text.new_zeros(len(text))
         return synthesise(text, self.features, self.config.neighbours, self.config.text_copies).classifier()
+
+    def fold(self) -> Fold:
+        if self.uses_fallback:
+            return Fold(self.cosine_head(self.zero_shot()))
+        weight, bias = self.classifier()
+        return Fold(MatrixHead(self.config.scale * self.zero_shot() + self.alpha * weight, bias=self.alpha * bias))
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from adaptkit.methods.base import (
 )
 from adaptkit.methods.descriptions._sentences import sentence_features
 from adaptkit.methods.descriptions.adaptclipzs import bag_losses
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TensorInputs, TrainingLoop, TrainingSettings
 
 BETAS = (0.9, 0.98)
@@ -183,6 +184,13 @@ class GIST(GradientMethod):
             return self.cosine_logits(features, self.zero_shot() if self.tuned is None else self._tuned_zero_shot())
         rows = self._rows.to(self.weight.device)
         return F.linear(features.to(self.weight.dtype), self.weight[rows], self.bias[rows])  # [batch, classes]
+
+    def fold(self) -> Fold:
+        tower = None if self.tuned is None else self.tuned.image_copy(self.backbone)
+        if self._rows is None:
+            return Fold(self.cosine_head(self.zero_shot() if self.tuned is None else self._tuned_zero_shot()), tower)
+        rows = self._rows.to(self.weight.device)
+        return Fold(MatrixHead(self.weight[rows], bias=self.bias[rows], normalise=False), tower)
 
     def _tuned_zero_shot(self) -> Tensor:
         """The zero-shot classifier of the tuned towers [classes, dim], remembered."""

@@ -26,16 +26,19 @@ from adaptkit.backbones.tower import ImageTower, TextState
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_normal
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.methods.prompts._deep import check_count
 from adaptkit.methods.prompts._representation import (
     FIRST,
     SHARED_TOKENS,
+    ReadOut,
     ResidualMaps,
     SeparateMaps,
     entry,
     mapped_layers,
     open_class_token_image,
     open_started_text,
+    second_projection,
     template_rows,
     token_edits,
     token_layers,
@@ -243,6 +246,19 @@ class MMRL(ClassWeightMethod, GradientMethod):
             return self._scaled_cosine(self.encode_image(inputs), self.folded_weights())  # one token to read
         branches = self.branch_logits(inputs) if branches is None else branches
         return branches["fused" if self.answers_fused() else "class"]
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        return self.config.scale, 0.0
+
+    def fold(self) -> Fold:
+        """Both features mixed before the matrix: alpha · s·cosine + (1 - alpha) · s·cosine' is one product."""
+        edits = token_edits(self.image_maps(self.tokens), self._image_layers, self.share)
+        scale, _ = self.scale_and_bias()
+        if not self.answers_fused():
+            return Fold(MatrixHead(self.folded_weights(), scale=scale), ReadOut(self._image, edits))
+        second = second_projection(self.project, self._image.width, self.backbone.device)
+        tower = ReadOut(self._image, edits, second, tokens=self.config.num_tokens, alpha=self.config.alpha)
+        return Fold(MatrixHead(self.folded_weights(), scale=scale, normalise=False), tower)
 
     def prepare(self, task: FitTask) -> None:
         self.zero_shot()  # before the loop, whose autocast would make anchors in half precision
