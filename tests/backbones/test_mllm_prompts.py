@@ -44,6 +44,9 @@ def processor_of(kind: str):
         return t.Gemma3Processor(images, words, image_seq_length=4)
     if kind == "internvl":
         return t.InternVLProcessor(images, words, t.InternVLVideoProcessor(), image_seq_length=1)
+    if kind == "paligemma":
+        images.image_seq_length = 4
+        return t.PaliGemmaProcessor(images, words)
     return t.Blip2Processor(images, words, num_query_tokens=3)
 
 
@@ -64,6 +67,22 @@ def test_the_librarys_processor_gives_the_same_ids(kind):
     ours = backbone.prompter.ids([Turn("what is it?")], counts)
     ids = theirs["input_ids"][0]
     assert ours == (ids.tolist() if isinstance(ids, torch.Tensor) else list(ids))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("blip2", "Question: what is it? Answer:"), ("paligemma", "what is it?")]
+)  # fmt: skip
+def test_plain_prompts_are_the_processors(kind, text):
+    """These families have no chat template; their processors put the image in front themselves."""
+    backbone = tiny.load(kind)
+    words = backbone.prompter.tokenizer
+    image = Image.new("RGB", (tiny.SIDE, tiny.SIDE), "red")
+    processor = processor_of(kind)
+    if kind == "blip2":  # OPT's tokenizer starts every text
+        text = words.bos_token + text
+    theirs = processor(images=image, text=text)["input_ids"]
+    ids = torch.tensor(theirs).flatten().tolist()
+    assert backbone.prompter.ids([Turn("what is it?")], [backbone.image_features(tiny.pixels(1)).counts[0]]) == ids
 
 
 def prompter(template="", kind="llava", **more):

@@ -279,7 +279,7 @@ class MLLM(Backbone):
         """
         device = prefix.mask.device
         tokens, parents = trie.tokens.to(device), trie.parents.to(device)
-        above = trie.ancestors()
+        above = trie.ancestors
         order = [(parents < 0).nonzero()[:, 0]]
         scores = [self._picked(prefix.hidden[:, None], torch.zeros_like(order[0]), tokens[order[0]])]
         for group in trie.groups(TREE_NODES):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Trie:
         """Tokens of each candidate, int64 [candidates]."""
         return self.depths[self.ends] + 1
 
+    @cached_property
     def ancestors(self) -> Tensor:
         """Whether node j lies on the way from the root to node i, itself included, bool [nodes, nodes]."""
         count = len(self.tokens)
@@ -77,7 +79,7 @@ class Trie:
 
     def paths(self) -> Tensor:
         """Which nodes a candidate's tokens are, float32 [candidates, nodes]."""
-        return self.ancestors()[self.ends].float()
+        return self.ancestors[self.ends].float()
 
     def inner(self) -> Tensor:
         """Nodes that have children: those whose next-token probabilities are needed, int64 [inner]."""

@@ -238,7 +238,10 @@ class MllmZeroShot(AskingMethod):
             if index is None and text and self.config.unmatched == "nearest":
                 index, step = self._nearest(text), "embedding"
             self._steps[step] += 1
-            logits[row] = torch.nan if index is None else logits[row].index_fill(0, torch.tensor([index]), 0.0)
+            if index is None:
+                logits[row] = torch.nan
+            else:
+                logits[row, index] = 0.0
         return logits
 
     def _nearest(self, text: str) -> int:

@@ -217,10 +217,28 @@ class Report:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
+def source_of(result: RunResult) -> Mapping[str, Any]:
+    """Where the run's data came from; {} where the result doesn't say."""
+    source = result.dataset.get("source")
+    return source if isinstance(source, Mapping) else {}
+
+
+def notes_of(result: RunResult) -> list[str]:
+    """What a reader must know of the run's data."""
+    notes = result.dataset.get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
+
+
 def is_embedded(result: RunResult) -> bool:
     """Whether the run's data ships with adaptkit."""
-    source = result.dataset.get("source")
-    return isinstance(source, Mapping) and source.get("kind") == "embedded"
+    return source_of(result).get("kind") == "embedded"
+
+
+def setting_of(result: RunResult, name: str) -> Any:
+    """A setting by "section.name"."""
+    section, _, field_name = name.partition(".")
+    values = result.key.settings.get(section)
+    return values.get(field_name) if isinstance(values, Mapping) else None
 
 
 def measures(result: RunResult) -> dict[str, float]:
@@ -441,9 +459,8 @@ def overridden(result: RunResult) -> dict[str, Any]:
     """Settings that came from neither the method's defaults nor the recipe, by "section.name"."""
     found = {}
     for name, origin in sorted(result.origins.items()):
-        section, _, field_name = name.partition(".")
         if origin != "default" and not str(origin).startswith("recipe "):
-            found[name] = result.key.settings.get(section, {}).get(field_name)
+            found[name] = setting_of(result, name)
     return found
 
 

@@ -17,7 +17,16 @@ from adaptkit import __version__
 from adaptkit.evaluation.results import RunResult
 from adaptkit.storage import atomic_path
 from adaptkit.sweeps.report import plots
-from adaptkit.sweeps.report.aggregate import Cell, Group, Report, Section, averages_of, shots_text
+from adaptkit.sweeps.report.aggregate import (
+    Cell,
+    Group,
+    Report,
+    Section,
+    averages_of,
+    notes_of,
+    setting_of,
+    shots_text,
+)
 from adaptkit.sweeps.report.pictures import Images, class_gains_of, confusions, reliability_panels
 from adaptkit.sweeps.report.predictions import PredictionReader
 from adaptkit.sweeps.report.published import compare_section
@@ -198,8 +207,8 @@ def _sentences(section: Section, compared: Sequence[Comparisons]) -> Iterator[st
             yield f"{where}, {top.label} is best on average ({percent(value)})."
     about: dict[str, list[str]] = {}
     for group in section.groups:
-        for note in group.first.dataset.get("notes", ()):
-            about.setdefault(str(note), []).append(group.dataset)
+        for note in notes_of(group.first):
+            about.setdefault(note, []).append(group.dataset)
     yield from (f"{', '.join(dict.fromkeys(datasets))}: {note}." for note, datasets in list(about.items())[:12])
 
 
@@ -282,8 +291,7 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
     yield "settings chosen on", {"none": "nothing: fixed"}.get(result.tuned_on, result.tuned_on)
     usual = []
     for name, origin in sorted(result.origins.items()):
-        section, _, field_name = name.partition(".")
-        value = json.dumps(key.settings.get(section, {}).get(field_name))
+        value = json.dumps(setting_of(result, name))
         if origin == "default":
             usual.append(f"{name} {value}")
         else:
@@ -295,6 +303,7 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
     yield "split", f"digest {key.split_digest[:12]}, sampler {key.sampler}"
     yield "trained", f"{result.trained_parameters:,} numbers, {result.adapter_bytes:,} bytes"
     surroundings = result.environment
-    versions = surroundings.get("versions", {})
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "numpy") if name in versions)
+    versions = surroundings.get("versions")
+    known = versions if isinstance(versions, Mapping) else {}
+    shown = ", ".join(f"{name} {known[name]}" for name in ("torch", "numpy") if name in known)
     yield "made with", f"{surroundings.get('device', '?')}, {surroundings.get('platform', '?')}, {shown}"

@@ -91,7 +91,7 @@ class _Canvas:
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
-        style: Any = {**_STYLE, "svg.hashsalt": name}
+        style: Any = {**_STYLE, "svg.hashsalt": digest_json(name)}
         self._style = mpl.rc_context(style)
         self._name, self._size, self._panels, self._kind = name, (width, height), panels, Figure
 
@@ -132,6 +132,12 @@ def _svg(figure: Figure, name: str) -> str:
     body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>svg-{digest_json(name)[:8]}-", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return f'<svg viewBox="{box.group(1) if box else "0 0 324 223"}" aria-hidden="true">{body}'
+
+
+def _shown(text: str, most: int = 28) -> str:
+    """A name from outside as matplotlib can draw it: no signs that fonts refuse, no line breaks, not too long."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def swatch(name: str, look: Look) -> str:
@@ -196,7 +202,7 @@ def _curve(
         axes.set_xscale("log", base=2)
         axes.set_xticks(section.shot_counts, [str(shots) for shots in section.shot_counts])
         axes.minorticks_off()
-        axes.set(xlabel="images per class", ylabel=f"{section.ranked_by} (%)", title=dataset)
+        axes.set(xlabel="images per class", ylabel=f"{section.ranked_by} (%)", title=_shown(dataset, 50))
     words = f"{section.ranked_by} over images per class on {dataset}; at {groups[-1].shots}: {_values_text(last)}"
     return Plot(f"{dataset}: over shots", canvas.svg, words)
 
@@ -234,7 +240,9 @@ def _base_novel(section: Section, group: Group, style: Mapping[str, Look]) -> Pl
         axes.margins(0.12)
         _equal_h(axes)
         axes.set(
-            xlabel="base accuracy (%)", ylabel="novel accuracy (%)", title=f"{group.dataset}, {shots_text(group.shots)}"
+            xlabel="base accuracy (%)",
+            ylabel="novel accuracy (%)",
+            title=f"{_shown(group.dataset, 40)}, {shots_text(group.shots)}",
         )
     words = f"base and novel accuracy on {group.dataset}: "
     words += "; ".join(f"{label} {100 * base:.1f} and {100 * novel:.1f}" for label, (base, novel) in points.items())
@@ -275,6 +283,7 @@ def _cost(
     what: str,
     where: str,
 ) -> Plot:
+    place = f"{_shown(where, 40)}, {shots_text(section.shot_counts[-1])}"
     with (canvas := _Canvas(f"{what} {section.anchor}")) as (axes,):
         for label, score in scores.items():
             look = style[label]
@@ -282,7 +291,9 @@ def _cost(
         _log_axis(axes, list(costs.values()))
         axes.margins(y=0.12)
         axes.set(
-            xlabel=what, ylabel=f"{section.ranked_by} (%)", title=f"{where}, {shots_text(section.shot_counts[-1])}"
+            xlabel=what,
+            ylabel=f"{section.ranked_by} (%)",
+            title=place,
         )
     words = f"{section.ranked_by} against {what}: "
     words += "; ".join(f"{label} {100 * score:.1f} at {costs[label]:,.1f}" for label, score in scores.items())
@@ -344,7 +355,7 @@ def _panel(axes: Axes, label: str, parts: Mapping[str, Pairs]) -> str:
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     errors = {kind: f"{100 * calibration_error(*pairs):.1f}" for kind, pairs in parts.items()}
     said = ", ".join(f"{kind} {error}" for kind, error in errors.items())
-    axes.set_title(f"{label}\nECE {said if len(parts) > 1 else next(iter(errors.values()))}", fontsize=8)
+    axes.set_title(f"{_shown(label)}\nECE {said if len(parts) > 1 else next(iter(errors.values()))}", fontsize=8)
     return said
 
 
@@ -378,20 +389,16 @@ def class_gains(name: str, group: Group, cell: Cell, gains: Sequence[tuple[str, 
     with (canvas := _Canvas(name, _WIDTH, 0.9 + 0.17 * len(shown))) as (axes,):
         for place, (_, kind, gain) in enumerate(shown):
             axes.barh(place, 100 * gain, color=COLOURS[kinds.index(kind) % len(COLOURS)], height=0.72)
-        axes.set_yticks(range(len(shown)), [_clipped(label) for label, _, _ in shown], fontsize=8)
+        axes.set_yticks(range(len(shown)), [_shown(label) for label, _, _ in shown], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(0, color=_INK, linewidth=0.8)
         axes.grid(visible=False, axis="y")
         axes.set(
             xlabel="points gained over zero-shot",
-            title=f"{cell.label}, {shots_text(group.shots)}",
+            title=f"{_shown(cell.label, 40)}, {shots_text(group.shots)}",
             ylim=(len(shown) - 0.4, -0.6),
         )
         axes.tick_params(axis="y", length=0)
     words = f"gain of {cell.label} over zero-shot by class{left}: "
     words += "; ".join(f"{label} {100 * gain:+.1f}" for label, _, gain in shown)
     return Plot(f"Gain by class{left}", canvas.svg, words)
-
-
-def _clipped(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

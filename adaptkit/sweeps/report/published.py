@@ -27,8 +27,10 @@ from adaptkit.sweeps.report.aggregate import (
     Section,
     averages_of,
     is_embedded,
+    notes_of,
     overridden,
     shots_text,
+    source_of,
 )
 from adaptkit.sweeps.report.repeat import spec_of
 
@@ -280,6 +282,8 @@ def group_obstacle(section: Section, group: Group) -> str:
     result = group.first
     if group.embedded:
         return "embedded data, which has no published figures"
+    if source_of(result).get("split") == "own":
+        return split_obstacle(result)
     if result.key.dataset not in DATASETS.values():
         return "no published figures are at hand for this dataset"
     if section.variants:
@@ -293,8 +297,7 @@ def split_obstacle(result: RunResult) -> str:
     """Why a run's data isn't that of the papers; "" where it is."""
     if is_embedded(result):
         return "embedded data, which has no published figures"
-    source = result.dataset.get("source", {})
-    notes = [str(note) for note in result.dataset.get("notes", ())]
+    source, notes = source_of(result), notes_of(result)
     split = source.get("split") or ("published" if source.get("kind") == "json" else "own")
     if split == "own" or any(note.startswith("own split") for note in notes):
         return "own split: the published lists weren't used"

@@ -147,7 +147,7 @@ def test_hostile_names_stay_text(tmp_path):
     name = f"{SCRIPT}\"' onload=x $\\frac$ {{{{7*7}}}} \u202e"
     facts = {
         "dataset": name,
-        "names": [name, "_hidden", "b&b", "ä—漢"],
+        "names": [name, "_hidden\x00\n", "b&b\ud800", "ä—漢" * 500],
         "notes": [f"note {SCRIPT}"],
         "changes": {"warnings": (f"warning {SCRIPT}",), "templates": (f"{SCRIPT} {{}}",), "recipe": SCRIPT},
     }
@@ -156,12 +156,29 @@ def test_hostile_names_stay_text(tmp_path):
         record(tmp_path, "coop", 0.7, **{**facts, "shots": 16}),
         record(tmp_path, "zero-shot", 0.3, **{**facts, "shots": 16}),
     ]
+    halves = {"protocol": "base-to-novel", "dataset": f"{name}\ud800\x00\n"}
+    made += [record(tmp_path, method, {"base": 0.5, "novel": 0.4}, **halves) for method in ("coop", "zero-shot")]
     text, page = page_of(tmp_path, made, [BadRun(SCRIPT, SCRIPT)])
     assert page.tags.count("script") == 1
     assert text.count("<script>") == 1
     assert page.text.count(SCRIPT) > 10
     assert "{{7*7}}" in page.text
-    assert "49" not in re.findall(r"\b49\b", page.text)
+
+
+def test_facts_of_wrong_types_break_nothing(tmp_path):
+    odd = {
+        "dataset": {"source": "x", "notes": 3, "asked": []},
+        "environment": {"versions": 1},
+        "origins": {"method.a": 7},
+    }
+    runs = [record(tmp_path, "coop", settings={"method": [], "training": None, "precision": 3}, changes=odd)]
+    text, page = page_of(tmp_path, runs)
+    assert "no published figures are at hand" in page.text
+    assert "no command" in page.text
+    assert "<script>" in text
+    table = {"zero": 0, "weird": [1]}
+    runs = [record(tmp_path, "coop", changes={"dataset": table, "fit": table, "recipe": ""}, dataset="")]
+    assert "recipe none" in page_of(tmp_path, runs)[1].text
 
 
 def test_without_predictions_the_page_still_has_its_tables(tmp_path):
