@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.data.sources import load_dataset
     from adaptkit.errors import AdaptKitError
     from adaptkit.estimator import FewShotClassifier, load
+    from adaptkit.export.adapter_set import AdapterSet
     from adaptkit.methods.adapter import AdaptedModel, load_adapter, save_adapter
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaptKitError": "adaptkit.errors",
     "AdaptedModel": "adaptkit.methods.adapter",
+    "AdapterSet": "adaptkit.export.adapter_set",
     "FewShotClassifier": "adaptkit.estimator",
     "load": "adaptkit.estimator",
     "load_adapter": "adaptkit.methods.adapter",
@@ -37,6 +39,7 @@ _HOME = {
 __all__ = [
     "AdaptKitError",
     "AdaptedModel",
+    "AdapterSet",
     "FewShotClassifier",
     "__version__",
     "load",

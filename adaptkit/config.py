@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -20,6 +19,7 @@ from adaptkit.errors import AdaptKitError, ConfigError, MissingPathError
 
 T = TypeVar("T")
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 _MAX_YAML_BYTES = 4 * 2**20
 _MAX_DEPTH = 64  # no settings of ours nest deeper than 4; a hostile file could otherwise exhaust the stack
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -383,10 +383,11 @@ def _plain(value: Any) -> Any:
     raise ConfigError(f"A setting holds {type(value).__name__}, which isn't plain data.")
 
 
-@functools.cache
 def _hints(cls: type[Any]) -> dict[str, Any]:
     """Types by field; kept, since evaluating the annotations takes longer than reading a result otherwise."""
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _init_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:

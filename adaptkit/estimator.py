@@ -32,10 +32,33 @@ from adaptkit.config import to_mapping
 from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
 from adaptkit.data.transforms import augment, to_pixels
-from adaptkit.errors import AdapterError, AdaptKitWarning, ConfigError, DataError, MissingPathError
+from adaptkit.errors import (
+    AdaptKitWarning,
+    ConfigError,
+    DataError,
+    MissingPathError,
+    UnsupportedError,
+)
+from adaptkit.evaluation.calibration import (
+    FEWEST_FOR_TEMPERATURE,
+    Calibration,
+    CalibrationWarning,
+    calibrate,
+    check_probability,
+    read_calibration,
+    softmax,
+    warning_about,
+)
 from adaptkit.evaluation.recipes import Resolved, load_recipe, resolve
 from adaptkit.methods import methods
-from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, save_adapter
+from adaptkit.methods.adapter import (
+    LABEL_FACTS,
+    AdaptedModel,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+    saved_labels,
+)
 from adaptkit.methods.base import GradientMethod
 from adaptkit.storage import digest_bytes, digest_file, digest_json
 from adaptkit.training.loop import fit_method
@@ -47,8 +70,6 @@ MEMO_BYTES = 128 * 2**20
 
 PIXEL_BYTES = 512 * 2**20
 """Training pixels held in memory; where there are more, they are made again in every step."""
-
-_FACTS = "classifier"
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
@@ -82,6 +103,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         model_: The fitted `AdaptedModel`.
         report_: What the method reported of its fit (losses, chosen settings).
         origins_: Where each setting came from.
+        calibration_: What `calibrate` learned, or None.
 
     Example:
         >>> import numpy as np
@@ -94,6 +116,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         >>> classifier.predict_one(images[0])
         'red'
     """
+
+    calibration_: Calibration | None
 
     def __init__(
         self,
@@ -184,6 +208,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         )
         self.report_ = fit_method(method, task, resolved.training)
         self.origins_ = resolved.origins
+        self.calibration_ = None
         self.model_ = AdaptedModel(method)
         if self.report_.get("interrupted"):
             raise KeyboardInterrupt
@@ -262,13 +287,84 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
-        """Probabilities [n, classes], in the order of `classes_`."""
-        return torch.from_numpy(self._logits(X)).softmax(dim=-1).numpy()
-
-    def predict(self, X: Any) -> NDArray[Any]:  # noqa: N803
-        """The likeliest label of each image, [n]."""
+        """Probabilities [n, classes], in the order of `classes_`; with `calibrate`'s temperature, where it was used."""
         logits = self._logits(X)
-        return cast("NDArray[Any]", self.classes_[logits.argmax(axis=1)])
+        return softmax(logits) if self.calibration_ is None else self.calibration_.probabilities(logits)
+
+    def predict(self, X: Any, *, abstain_below: float | None = None) -> NDArray[Any]:  # noqa: N803
+        """The likeliest label of each image, [n].
+
+        Args:
+            X: Images (see the class).
+            abstain_below: Answer None where the likeliest label's probability is lower; the array then holds objects.
+
+        Raises:
+            ConfigError: `abstain_below` isn't between 0 and 1.
+        """
+        if abstain_below is None:
+            likeliest = self._logits(X).argmax(axis=1)
+            return cast("NDArray[Any]", self.classes_[likeliest])
+        check_probability("abstain_below", abstain_below)
+        odds = self.predict_proba(X)
+        answers = self.classes_[odds.argmax(axis=1)].astype(object)
+        answers[odds.max(axis=1) < abstain_below] = None
+        return cast("NDArray[Any]", answers)
+
+    def predict_sets(self, X: Any, *, coverage: float = 0.9) -> list[list[Any]]:  # noqa: N803
+        """For each image the labels among which the true one is, as often as `coverage` says, the likeliest first.
+
+        That holds on average, for images of the same kind as those of `calibrate`.
+
+        Args:
+            X: Images (see the class).
+            coverage: Between 0 and 1.
+
+        Raises:
+            ConfigError: `coverage` isn't between 0 and 1, or `calibrate` wasn't called.
+        """
+        check_probability("coverage", coverage)
+        check_is_fitted(self, "model_")
+        if self.calibration_ is None:
+            raise ConfigError("Prediction sets need held-out images: call calibrate(images, labels) first.")
+        _warn(warning_about(len(self.calibration_.scores), coverage))
+        odds = self.predict_proba(X)
+        inside = self.calibration_.sets(odds, coverage)
+        ranked = odds.argsort(axis=1)[:, ::-1]
+        return [self.classes_[order[kept[order]]].tolist() for order, kept in zip(ranked, inside, strict=True)]
+
+    def calibrate(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
+        """Learn from held-out images what the probabilities are worth; returns itself.
+
+        Afterwards `predict_proba` gives calibrated probabilities, and `predict_sets` works. The images must be others
+        than those of `fit`: of those the classifier knows the answers. A new fit forgets the calibration.
+
+        Args:
+            X: Images (see the class), or the path of a folder with one folder of images per class.
+            y: One label per image; None where X is a folder.
+
+        Raises:
+            DataError: No images, or a label that the classifier doesn't know.
+            UnsupportedError: A transductive method, whose answers depend on what it is asked about at once.
+        """
+        check_is_fitted(self, "model_")
+        if self.model_.method.transductive:
+            raise UnsupportedError(
+                f"{self.method} can't be calibrated: what it answers for an image depends on the images it is asked"
+                " about with it. Choose an inductive method."
+            )
+        pictures, labels = _labelled(X, y)
+        place = {label: index for index, label in enumerate(self.classes_.tolist())}
+        unknown = [label for label in labels.tolist() if label not in place]
+        if unknown:
+            raise DataError(f"The label {unknown[0]!r} isn't among those of the fit: {_some(place)}.")
+        logits = self._logits(pictures.items)
+        self.calibration_ = calibrate(logits, np.array([place[label] for label in labels.tolist()]))
+        if len(labels) < FEWEST_FOR_TEMPERATURE:
+            _warn(
+                f"{len(labels)} held-out images say little about probabilities: the temperature is uncertain. Hold out"
+                f" at least {FEWEST_FOR_TEMPERATURE}."
+            )
+        return self
 
     def predict_one(self, image: Any) -> Any:
         """The likeliest label of a single image: a path, a PIL image, an array [h, w, 3] or a tensor [3, h, w]."""
@@ -288,7 +384,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             StorageError: The folder can't be written, or isn't empty.
         """
         check_is_fitted(self, "model_")
-        facts = {_FACTS: {"labels": self.classes_.tolist()}, "seed": int(self.seed)}
+        own: dict[str, Any] = {"labels": self.classes_.tolist()}
+        if self.calibration_ is not None:
+            own["calibration"] = self.calibration_.to_dict()
+        facts = {LABEL_FACTS: own, "seed": int(self.seed)}
         return save_adapter(folder, self.model_, facts, overwrite=overwrite)
 
 
@@ -307,7 +406,7 @@ def load(
         AdapterError: The folder is damaged, or the backbone isn't the one it was trained on.
     """
     config = read_adapter_config(folder)
-    labels = _saved_labels(config.facts.get(_FACTS), config.class_names, folder)
+    labels = saved_labels(config, folder)
     model = load_adapter(folder, _loaded(config.backbone["name"], device) if backbone is None else backbone)
     names = {label: name for label, name in zip(labels, config.class_names, strict=True) if label != name}
     seed = config.facts.get("seed", 0)
@@ -326,20 +425,9 @@ def load(
     classifier.class_names_ = config.class_names
     classifier.report_, classifier.origins_ = {}, {}
     classifier.model_ = model
+    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
+    classifier.calibration_ = None if saved is None else read_calibration(saved, str(folder))
     return classifier
-
-
-def _saved_labels(content: Any, names: tuple[str, ...], folder: str | Path) -> list[Any]:
-    """Labels in the order of the class names; adapters of `adaptkit run` have none besides the names."""
-    if content is None:
-        return list(names)
-    labels = content.get("labels") if isinstance(content, Mapping) else None
-    kinds = {type(label) for label in labels} if isinstance(labels, list) else set()
-    if not isinstance(labels, list) or len(labels) != len(names) or kinds not in ({str}, {int}, {bool}):
-        raise AdapterError(f"The labels in {folder} don't fit its {len(names)} classes: save the classifier again.")
-    if len(set(labels)) < len(labels):
-        raise AdapterError(f"The labels in {folder} hold one twice: save the classifier again.")
-    return labels
 
 
 @lru_cache(maxsize=2)
@@ -351,6 +439,16 @@ def _loaded(name: str, device: str) -> Backbone:
     """A backbone by name; folders are read every time, since their content can change under the same name."""
     in_folder = isinstance(name, str) and ":" in name and not name.startswith("hf-hub:")
     return load_backbone(name, device=device) if in_folder else _remembered(name, device)
+
+
+def _warn(message: str) -> None:
+    if message:
+        warnings.warn(message, CalibrationWarning, stacklevel=3)
+
+
+def _some(names: Iterable[Any]) -> str:
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "")
 
 
 # --- images and labels as people give them ----------------------------------------------------------------------------

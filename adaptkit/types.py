@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -55,6 +55,21 @@ class TensorInputs:
 
     def select(self, indices: Tensor, view: int = 0) -> Tensor:
         return self.values[view][indices]
+
+
+@dataclass(frozen=True)
+class OtherDataset:
+    """What a method is told about classes of a dataset that it wasn't fitted on.
+
+    Args:
+        templates: Zero-shot templates of that dataset; methods with `fixed_templates` keep theirs.
+        descriptions: Sentences by class name.
+        settings: Values of the method's `settable` settings, chosen knowing that dataset: results must say so.
+    """
+
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

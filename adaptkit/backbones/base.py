@@ -97,11 +97,17 @@ class Backbone(nn.Module):
         text_tower: The opened text tower, or None.
         logit_scale: exp of the model's logit scale, a float buffer [] (≈ 100 for OpenAI's CLIP).
         logit_bias: Added to the logits (SigLIP), a float buffer [], 0 for CLIP.
+        own_templates: The only templates that it reads; () for the usual backbone, which reads any.
+        texts_length: The length of its templates' text features where all have the same; else None. Features that were
+            scaled to unit length before they were stored do: divided by it, they are the zero-shot classifier itself.
+            Normalised again, those rounded to half precision would move by 1e-4, which decides near ties.
         is_mllm: Whether it is a multimodal language model, which can be asked questions.
     """
 
     is_mllm: ClassVar[bool] = False
     spec: BackboneSpec
+    own_templates: tuple[str, ...] = ()
+    texts_length: float | None = None
     image_tower: ImageTower | None = None
     text_tower: TextTower | None = None
     logit_scale: Tensor

@@ -284,7 +284,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Pool [batch, n, width] to [batch, width]."""
-        queries = self.probe.expand(len(tokens), -1, -1)  # [batch, 1, width]
+        queries = self.probe.expand(tokens.shape[0], -1, -1)  # [batch, 1, width]
         x = self.attn(queries, self.attn.keys_values(tokens))[:, 0]  # [batch, width]
         return x + self.fc2(activate(self.fc1(self.norm(x)), self.activation))
 
@@ -320,7 +320,9 @@ class ImageTower(nn.Module):
         """Preprocessed pixels [batch, 3, size, size] to tokens [batch, n, width], before the first normalisation."""
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [batch, patches, width]
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # [batch, 1 + patches, w]
+            x = torch.cat(
+                [self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1
+            )  # [batch, 1 + patches, w]
         return x + self.positional_embedding.to(x.dtype)
 
     def advance(self, x: Tensor, edits: Edits, start: int, stop: int) -> Tensor:

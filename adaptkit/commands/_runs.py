@@ -51,30 +51,52 @@ def adapter_folder(path: Path) -> Path:
 def default_out(options: TaskOptions, what: str) -> Path:
     """runs/<dataset>/<what>/<settings>, each part made fit for a file name."""
     task = options.task
-    parts = (Path(task.dataset).name, what, f"{task.protocol}-{task.shots}shots-seed{task.seed}")
+    settings = [task.protocol, f"{task.shots}shots", f"seed{task.seed}", *(["joint"] if task.joint else [])]
+    settings += [] if task.class_split is None else [f"split{task.class_split}"]
+    parts = (Path(task.dataset).name, what, "-".join(settings))
     return Path("runs", *(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._") or "run" for part in parts))
 
 
 def part_columns(results: Sequence[RunResult]) -> list[str]:
     """Column titles of the tested parts."""
-    names = [part.name for part in results[0].parts]
-    return [*("accuracy" if name == "all" else name for name in names), *(["H"] if len(names) > 1 else [])]
+    first = results[0]
+    names = ["accuracy" if len(first.parts) == 1 else part.name for part in first.parts]
+    return [*names, *summarised(first)]
+
+
+def summarised(result: RunResult) -> dict[str, float]:
+    """What the parts come to, by column title: H, or the targets' average and how far it is below the source."""
+    figures = {"H": result.harmonic_mean, "average": result.target_average, "drop": result.drop}
+    return {title: figure for title, figure in figures.items() if figure is not None}
 
 
 def scores(result: RunResult) -> list[str]:
     """Cells of the tested parts, in percent; zero-shot fallbacks carry a star."""
     cells = [console.percent(part.accuracy) + ("*" if part.fallback else "") for part in result.parts]
-    return [*cells, *([console.percent(result.harmonic_mean)] if result.harmonic_mean is not None else [])]
+    return [*cells, *map(console.percent, summarised(result).values())]
 
 
 def summary(result: RunResult) -> dict[str, Any]:
     """A run as --json shows it."""
     from dataclasses import asdict
 
-    return asdict(result)
+    return {**asdict(result), "target_average": result.target_average, "drop": result.drop}
 
 
-def settings_line(options: TaskOptions, dataset: str) -> str:
-    """One line that says what was run."""
-    task = options.task
-    return f"{dataset}, {task.protocol}, {task.shots} shots, seed {task.seed}, backbone {options.backbone}"
+def settings_line(result: RunResult) -> str:
+    """One line that says what was run, and how it differs from the published protocol."""
+    key = result.key
+    words = (key.dataset, key.protocol, f"{key.shots} shots", f"seed {key.seed}", f"backbone {key.backbone}")
+    return "; ".join([", ".join(words), *key.marks])
+
+
+def next_step(result: RunResult, folder: Path) -> str:
+    """What can be done with an adapter."""
+    from adaptkit.backbones.stored import UNIDENTIFIED
+
+    if result.key.backbone_digest.startswith(UNIDENTIFIED):
+        return (
+            "the file of features doesn't identify the model that made them, so the adapter can't answer images: run"
+            " with --backbone to get one that can"
+        )
+    return f"predict with: adaptkit predict {folder} IMAGE"

@@ -11,7 +11,7 @@ import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
-from adaptkit.errors import DataError, StorageError
+from adaptkit.errors import DataError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
@@ -54,6 +54,7 @@ BEST = "best"
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report of it: one page.")
 @_options.json_option
 def command(
     options: TaskOptions,
@@ -61,6 +62,7 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
@@ -78,20 +80,26 @@ def command(
     for name in names or ():
         methods.entry(name)
     target = out or _runs.default_out(options, "compare")
-    _runs.check_writable(target)
+    for folder in (target, *([html.parent] if html else [])):
+        _runs.check_writable(folder)
 
     with console.progress_bars(not as_json) as progress:
         results = run_all(options, names, overrides, target, overwrite, progress)
+        if html:
+            write_page(html, target, results, progress)
     ranked = rank(results)
-    best = best_of(ranked).key.method
+    best_run = best_of(ranked)
+    best = best_run.key.method
     point_at_best(target, best)
     if as_json:
         together = [result.key.method for result in ranked if is_transductive(result)]
         runs = [_runs.summary(result) for result in ranked]
         console.print_json({"folder": str(target), "best": best, "transductive": together, "runs": runs})
         return
-    show(ranked, _runs.settings_line(options, ranked[0].key.dataset))
-    console.say(f"Best adapter ({best}) saved: adaptkit predict {target / BEST} IMAGE")
+    show(ranked, _runs.settings_line(ranked[0]))
+    console.say(f"Best adapter ({best}) saved; {_runs.next_step(best_run, target / BEST)}")
+    if html:
+        console.say(f"Report written to {html}")
 
 
 def default_methods(data: Dataset) -> tuple[str, ...]:
@@ -109,22 +117,26 @@ def run_all(
     progress: ProgressCallback,
 ) -> list[RunResult]:
     """Run what isn't done yet; everything is checked before the first method runs."""
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
+    from adaptkit.evaluation.stored import backbone_for
     from adaptkit.evaluation.tasks import load_task
     from adaptkit.methods import methods
 
     task = load_task(options.task, progress)
     chosen = tuple(dict.fromkeys(names or default_methods(task.dataset)))
-    model = load_backbone(options.backbone, device=options.device)
+    model = backbone_for(task.dataset, options.backbone, device=options.device)
     shares = share_overrides([methods.get(name) for name in chosen], overrides)
-    plans = [
-        plan_run(name, model, task, overrides=share, precision=options.precision)
-        for name, share in zip(chosen, shares, strict=True)
-    ]
+    plans, refused = [], []
+    for name, share in zip(chosen, shares, strict=True):
+        try:
+            plans.append(plan_run(name, model, task, overrides=share, precision=options.precision))
+        except UnsupportedError as error:
+            refused.append(str(error))
+    if refused:
+        raise UnsupportedError("\n".join(refused))
     check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
     store, results = FeatureStore(options.cache), []
     for plan in plans:
@@ -138,6 +150,16 @@ def run_all(
         if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
             break
     return results
+
+
+def write_page(path: Path, target: Path, results: list[RunResult], progress: ProgressCallback) -> None:
+    """The report of these runs, as one page."""
+    from adaptkit.sweeps.report.aggregate import gather
+    from adaptkit.sweeps.report.writing import write_report
+    from adaptkit.sweeps.results import RunRecord
+
+    records = [RunRecord(target / result.key.method, result) for result in results]
+    write_report(gather(records), {"html": path}, progress=progress)
 
 
 def rank(results: list[RunResult]) -> list[RunResult]:
@@ -173,11 +195,11 @@ def show(ranked: list[RunResult], title: str) -> None:
         cells = ["–" if zero else str(place), name, *_runs.scores(result), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
     starred = any(part.fallback for result in ranked for part in result.parts)
-    notes = ["* zero-shot: the method has no answer of its own for novel classes"] if starred else []
+    notes = ["* zero-shot: the method has no answer of its own for classes it never saw"] if starred else []
     if any(map(is_transductive, ranked)):
         notes.append("† answers all test images together: not comparable with the others, and not chosen before them")
     note = "\n".join(notes)
-    console.print_table(title, columns, rows, left=["", "method"], note=note)
+    console.print_table(title, columns, rows, left=["", "method"], note=note, wide=True)
     for line in warnings_of(ranked):
         console.say(f"note: {line}")
 

@@ -1,4 +1,4 @@
-"""`adaptkit export`: an adapter in another library's layout."""
+"""`adaptkit export`: an adapter as a model that runs without adaptkit."""
 
 from __future__ import annotations
 
@@ -10,49 +10,102 @@ from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 from adaptkit.errors import ConfigError
 
+_FORMATS = ("onnx", "torch", "open-clip")
 
-@click.command("export", short_help="an adapter in another library's layout")
+
+@click.command("export", short_help="an adapter as a model that runs without adaptkit")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--merge", is_flag=True, help="Add what was learned to the towers' weights: an open_clip checkpoint.")
+@click.option("--format", "format_", type=click.Choice(_FORMATS), help="What to write; see above.")
+@click.option("--merge", is_flag=True, help="The same as --format open-clip.")
+@click.option("--int8", is_flag=True, help="Write ONNX in 8 bits as well, and measure what that changes.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of images to compare on (class folders give accuracies); drawn ones otherwise.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--backbone", help="Where the adapter's backbone lies now; it must be the same one.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 @_options.device_option
 @_options.json_option
 def command(
-    adapter: Path, merge: bool, out: Path, backbone: str | None, overwrite: bool, device: str, as_json: bool
+    adapter: Path,
+    format_: str | None,
+    merge: bool,
+    int8: bool,
+    images: Path | None,
+    out: Path,
+    backbone: str | None,
+    overwrite: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Write an adapter (an adapter folder or the folder of a run) for use without adaptkit.
 
-    --merge is for methods that learn inside the towers (clip-lora, peft); the checkpoint loads in open_clip, and here
-    as --backbone local-dir:FOLDER.
+    \b
+    onnx       one model from pixels to logits, for ONNX Runtime; most methods
+    torch      the same for torch.export.load (a file to trust or leave alone)
+    open-clip  a checkpoint with what was learned merged in: clip-lora and peft
+
+    The folder has the model, its labels and preprocessing, a report of how near it is to the adapter, and a README
+    whose Python runs it.
 
     \b
     Example:
-      adaptkit export runs/first/best --merge --out merged
+      adaptkit export runs/first/best --format onnx --out exported
     """
-    from adaptkit.export.merge import can_do, check_mergeable, merge_adapter
+    from adaptkit.evaluation.calibration import read_calibration
+    from adaptkit.export.package import check_exportable, export_adapter
     from adaptkit.methods import methods
-    from adaptkit.methods.adapter import load_adapter, read_adapter_config
+    from adaptkit.methods.adapter import LABEL_FACTS, load_adapter, read_adapter_config, saved_labels
 
+    if merge and format_ not in (None, "open-clip"):
+        raise ConfigError(f"--merge is --format open-clip: leave it out, or leave out --format {format_}.")
+    format_ = "open-clip" if merge else format_
     folder = _runs.adapter_folder(adapter)
-    method = methods.get(read_adapter_config(folder).method)
-    if not merge:
-        raise ConfigError(f"Say what to write. {can_do(method)}")
-    check_mergeable(method)  # before the backbone is loaded
+    config = read_adapter_config(folder)
+    method = methods.get(config.method)
+    if format_ is None:
+        raise ConfigError("Say what to write: --format onnx, torch or open-clip (for clip-lora and peft).")
+    check_exportable(method, format_, int8=int8)  # before the backbone is loaded
     (_runs.check_writable if overwrite else _runs.check_out)(out)
 
     from adaptkit.backbones.load import load_backbone
 
+    labels = saved_labels(config, folder)
+    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
     given = None if backbone is None else load_backbone(backbone, device=device)
     model = load_adapter(folder, given, device=device)
-    merge_adapter(model, out, overwrite=overwrite)
+    with console.progress_bars(not as_json) as progress:
+        report = export_adapter(
+            model,
+            out,
+            format_,  # type: ignore[arg-type]  # click lets only the known ones through
+            labels=labels,
+            temperature=1.0 if saved is None else read_calibration(saved, str(folder)).temperature,
+            images=images,
+            int8=int8,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         files = sorted(path.name for path in out.iterdir())
-        console.print_json({"folder": str(out), "adapter": str(folder), "method": method.name, "files": files})
+        facts = {"folder": str(out), "adapter": str(folder), "method": method.name, "files": files}
+        console.print_json({**facts, "parity": report})
         return
-    console.say(f"Written to {out}; load it with: --backbone local-dir:{out}")
+    _show(report)
+    console.say(f"Written to {out}; its README.md has the Python that runs it.")
 
 
-def _mergeable() -> str:
-    return "clip-lora and peft"
+def _show(report: dict) -> None:  # type: ignore[type-arg]
+    labelled = bool(report["probes"]["labelled"])
+    columns = ["file", "MB", "largest difference", "largest logit", "same class", *(["accuracy"] if labelled else [])]
+    rows = []
+    for name, facts in report["models"].items():
+        row = [name, f"{facts['bytes'] / 1e6:.1f}", f"{facts['max_difference']:.1e}", f"{facts['largest_logit']:.1f}"]
+        row.append(f"{console.percent(facts['top1_agreement'])} %")
+        rows.append(row + ([f"{console.percent(facts['accuracy'])} %"] if labelled else []))
+    note = f"compared on {report['probes']['what']} ({report['probes']['images']} files)"
+    if labelled:
+        note += f"; the adapter: {console.percent(report['adapter_accuracy'])} %"
+    console.print_table("", columns, rows, left=["file"], note=note)

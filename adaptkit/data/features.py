@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.data.feature_files import StoredSource
 from adaptkit.data.splits import Split, TorchSource
 from adaptkit.data.transforms import augment, to_pixels
 from adaptkit.errors import AdaptKitWarning, BackboneError, ConfigError, MissingPathError, StorageError
@@ -516,6 +517,8 @@ class FeatureStore:
             ConfigError: A setting out of range.
         """
         _check(view, batch_size, workers, precision)
+        if isinstance(split.source, StoredSource):
+            return _from_file(backbone, split, split.source, int(view))[-1]
         job = _Job(_Views(split, backbone, settings, workers), int(view), batch_size, precision, progress)
         return self._gather(job, split.content_keys())
 
@@ -536,6 +539,8 @@ class FeatureStore:
         Args and errors as for `features`.
         """
         _check(views, batch_size, workers, precision, what="views")
+        if isinstance(split.source, StoredSource):
+            return TensorInputs(_from_file(backbone, split, split.source, int(views)), _labels(split))
         looks, keys = _Views(split, backbone, settings, workers), split.content_keys()
         jobs = [_Job(looks, view, batch_size, precision, progress) for view in range(1 + views)]
         return TensorInputs(torch.stack([self._gather(job, keys) for job in jobs]), _labels(split))
@@ -657,6 +662,25 @@ class FeatureStore:
 
 def _labels(split: Split) -> Tensor:
     return torch.tensor(split.labels, dtype=torch.int64)
+
+
+def _from_file(backbone: Backbone, split: Split, source: StoredSource, views: int) -> Tensor:
+    """Features [1 + views, n, dim] that lie in a file already, which the store has no need to keep again.
+
+    Where the file has fewer views, those serve, and a warning says so.
+
+    Raises:
+        BackboneError: They have another size than the backbone's.
+    """
+    if source.file.dim != backbone.spec.embed_dim:
+        raise BackboneError(
+            f"{source.file.path} holds features of {source.file.dim} numbers, and those of {backbone.spec.name!r} have"
+            f" {backbone.spec.embed_dim}: it was made by another model."
+        )
+    if views > source.num_views:
+        held = f"only {source.num_views} are" if source.num_views else "none is"
+        _warn(f"{views} augmented views per image are asked for, and {held} stored: it trains on what there is")
+    return source.select(split.positions, views)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
 from adaptkit.data.splits import Split, TestSplit
 from adaptkit.errors import AdaptKitWarning, DataError
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
-from adaptkit.evaluation.recipes import Recipe, Resolved, find_recipe, load_recipe, resolve
+from adaptkit.evaluation.recipes import STAND_INS, Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (
     SCHEMA_VERSION,
     PartResult,
@@ -28,10 +29,11 @@ from adaptkit.evaluation.results import (
     environment,
     peak_memory_bytes,
 )
+from adaptkit.evaluation.stored import check_stored
 from adaptkit.evaluation.tasks import Task, TestPart
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
-from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.methods.base import GradientMethod, Method, check_novel
 from adaptkit.storage import digest_json
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
@@ -45,24 +47,55 @@ _TEST_BATCH = 256
 def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | None = None) -> Recipe | None:
     """The recipe of a run: the one named, else "quick" for the embedded backbone and the paper's for any other.
 
+    Where a method has none for a protocol with targets, that of a protocol that trains alike serves (`STAND_INS`).
+
     Raises:
         UnknownNameError: No such recipe.
         ConfigError: The recipe is for another method or protocol.
     """
     if name == "none":
         return None
+    protocols = (protocol, *STAND_INS.get(protocol, ()))
     if name is None:
-        variant = "quick" if backbone.spec.family == "mini" else ""
-        return find_recipe(method, protocol, variant) or find_recipe(method, protocol)
-    whole = "/" in name or name.endswith((".yaml", ".yml"))
-    recipe = load_recipe(name if whole else f"{method}/{protocol}-{name}")
+        variants = ("quick", "") if backbone.spec.family == "mini" else ("",)
+        found = (find_recipe(method, one, variant) for variant in variants for one in protocols)
+        return next((recipe for recipe in found if recipe is not None), None)
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        recipe = load_recipe(name)
+    else:
+        own = next((one for one in protocols if find_recipe(method, one, name)), protocol)
+        recipe = load_recipe(f"{method}/{own}-{name}")
     recipe.check_fits(method, protocol)
     return recipe
 
 
-def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
-    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's."""
+def templates_of(task: Task, recipe: Recipe | None, backbone: Backbone) -> tuple[str, ...]:
+    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's.
+
+    A backbone that reads only templates of its own gets these, or those of the dataset's among them.
+    """
+    if backbone.own_templates:
+        held = set(task.dataset.templates) <= set(backbone.own_templates)
+        return task.dataset.templates if held else backbone.own_templates
     return recipe.templates if recipe is not None and recipe.template_use == "recipe" else task.dataset.templates
+
+
+def settle_targets(task: Task, recipe: Recipe | None) -> Task:
+    """The task with its other datasets described as the recipe wants them.
+
+    Raises:
+        ConfigError: The recipe has settings per target, and none for one of them.
+    """
+    if recipe is None:
+        return task
+    parts = []
+    for part in task.parts:
+        if part.other is not None:
+            templates = recipe.templates if recipe.template_use == "recipe" else part.other.templates
+            other = replace(part.other, templates=templates, settings=recipe.for_target(part.name))
+            part = replace(part, other=other)
+        parts.append(part)
+    return replace(task, parts=tuple(parts))
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -128,16 +161,24 @@ def plan_run(
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
+    task = settle_targets(task, chosen)
+    for part in task.parts:
+        check_novel(kind, task.class_names, part.asked, part.other is not None)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
     _check_searches(resolved, task)
+    templates = templates_of(task, chosen, backbone)
+    check_stored(kind, backbone, task.dataset, templates, resolved)
     settings = {
         "method": _key_values(resolved.config),
         "training": _key_values(resolved.training) if kind.default_training is not None else {},
-        "templates": list(templates_of(task, chosen)),
+        "templates": list(templates),
         "precision": precision,
     }
+    if isinstance(backbone, StoredBackbone):
+        settings["text_features"] = backbone.digest_of_texts
     if kind.reads_descriptions != "never":
-        settings["descriptions"] = digest_json({k: list(v) for k, v in task.dataset.descriptions.items()})
+        settings["descriptions"] = _descriptions_digest(task.dataset.descriptions)
+    settings |= {**task.settings, **_target_settings(kind, task)}
     key = RunKey(
         method,
         backbone.spec.name,
@@ -151,6 +192,24 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _target_settings(kind: type[Method], task: Task) -> dict[str, Any]:
+    """What is said about each target beside its images, as far as it isn't the source's, for the key."""
+    others = {part.name: part.other for part in task.parts if part.other is not None}
+    settings: dict[str, Any] = {}
+    if task.protocol == "cross-dataset":
+        settings["target_templates"] = {name: list(other.templates) for name, other in others.items()}
+        if kind.reads_descriptions != "never":
+            digests = {name: _descriptions_digest(other.descriptions) for name, other in others.items()}
+            settings["target_descriptions"] = digests
+    if any(other.settings for other in others.values()):
+        settings["target_settings"] = {name: dict(other.settings) for name, other in others.items()}
+    return settings
+
+
+def _descriptions_digest(descriptions: Mapping[str, Sequence[str]]) -> str:
+    return digest_json({name: list(sentences) for name, sentences in descriptions.items()})
 
 
 def _key_values(settings: Any) -> dict[str, Any]:
@@ -240,11 +299,13 @@ class _Run:
         method = methods.get(self.plan.method)(
             self.backbone,
             task.class_names,
-            templates=templates_of(task, self.plan.recipe),
+            templates=templates_of(task, self.plan.recipe, self.backbone),
             config=resolved.config,
             seed=task.seed,
             descriptions=task.dataset.descriptions,
         )
+        for part in task.parts:  # classes that it refuses or can't read are said before it is trained
+            method.set_classes(part.asked, part.other)
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
         val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))
@@ -301,18 +362,20 @@ class _Run:
     # --- testing ------------------------------------------------------------------------------------------------------
 
     def test(self, method: Method, part: TestPart) -> tuple[PartResult, Predictions]:
-        method.set_classes(part.split.class_names)
+        method.set_classes(part.asked, part.other)
         logits = self._logits(method, part.split)
+        if part.columns:
+            logits = np.ascontiguousarray(logits[:, part.columns])
         labels = part.split.labels
-        logits, answered = counted_wrong(logits, labels)
+        answered = np.ones(len(labels), dtype=bool)
+        if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
+            logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
         confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
         predicted = np.where(answered, logits.argmax(axis=1), -1)
-        fallback, answers = method.uses_fallback, method.answer_facts()
+        result = _part_result(part, metrics, method)
         method.set_classes(method.fitted_names)
-        return _part_result(part, metrics, fallback, answers), Predictions(
-            part.name, part.positions, labels, predicted, confidence
-        )
+        return result, Predictions(part.name, part.positions, labels, predicted, confidence)
 
     @torch.no_grad()
     def _logits(self, method: Method, split: TestSplit) -> np.ndarray:
@@ -367,10 +430,42 @@ class _Run:
             tuned_on=tuned_on,
             origins=dict(self.plan.resolved.origins),
             fit=_plain_report(self.report),
-            dataset=task.dataset.summary(),
-            warnings=(*task.dataset.notes, *task.few_shot.notes, *self._cautions(parts, tuned_on), *said),
+            dataset=task.dataset.summary() | ({} if task.spec is None else {"asked": to_mapping(task.spec)}),
+            warnings=(
+                *key.marks,
+                *task.dataset.notes,
+                *task.few_shot.notes,
+                *task.notes,
+                *self._target_facts(method),
+                *self._cautions(parts, tuned_on),
+                *said,
+            ),
             environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
         )
+
+    def _target_facts(self, method: Method) -> list[str]:
+        """Which settings trained the model that answers for targets, and what their classes were described with."""
+        task, recipe = self.plan.task, self.plan.recipe
+        if not any(part.other for part in task.parts):
+            return []
+        facts = []
+        if recipe is not None and recipe.protocol != task.protocol:
+            facts.append(f"trained by recipe {recipe.name}, which is written for {recipe.protocol}")
+        if method.context_vectors():
+            facts.append("names of the targets' classes stand in the learned prompt, in the place of any template")
+        elif task.protocol == "cross-dataset":
+            used = {part.other.templates for part in task.parts if part.other is not None} | {method.templates}
+            alike = method.fixed_templates or len(used) == 1
+            facts.append(
+                "source and targets are described by the same templates"
+                if alike
+                else "each target is described by its own templates (in the result of each part)"
+            )
+        if any(part.columns for part in task.parts):
+            facts.append(
+                "candidates of shifted datasets: logits over all source classes, the columns of the others dropped"
+            )
+        return facts
 
     def _cautions(self, parts: Sequence[PartResult], tuned_on: str) -> list[str]:
         cautions = [
@@ -415,7 +510,9 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return logits, answered
 
 
-def _part_result(part: TestPart, metrics: Metrics, fallback: bool, answers: Mapping[str, Any]) -> PartResult:
+def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
+    learned = bool(method.context_vectors()) and not method.uses_fallback
+    answers = method.answer_facts()
     return PartResult(
         part.name,
         metrics.num_classes,
@@ -423,7 +520,9 @@ def _part_result(part: TestPart, metrics: Metrics, fallback: bool, answers: Mapp
         metrics.total,
         {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
         metrics.per_class,
-        fallback,
+        method.uses_fallback,
+        () if part.other is None or learned else method.templates,
+        () if part.split.class_names == method.fitted_names else part.split.class_names,
     )
 
 

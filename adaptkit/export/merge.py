@@ -14,29 +14,21 @@ from adaptkit.methods.lora._towers import TowerMethod
 from adaptkit.storage import new_folder, write_json, write_safetensors
 
 
-def can_do(method: type[Method]) -> str:
-    """In one sentence, what an adapter of this method can become."""
-    if issubclass(method, TowerMethod):
-        return f"{method.name} learned inside the towers, so it merges into a checkpoint of the same size (--merge)."
-    if issubclass(method, ClassWeightMethod):
-        return (
-            f"{method.name} learned beside the towers and leaves their weights as they are, so there is nothing to"
-            " merge: keep the adapter folder, which 'adaptkit predict' reads. --merge is for clip-lora and peft."
-        )
-    return (
-        f"{method.name} computes its logits by rules of its own, which no checkpoint of a CLIP holds: keep the adapter"
-        " folder, which 'adaptkit predict' reads. --merge is for clip-lora and peft."
-    )
-
-
 def check_mergeable(method: type[Method]) -> None:
     """Refuse a method that has nothing to merge.
 
     Raises:
         UnsupportedError: It learns elsewhere than inside the towers.
     """
-    if not issubclass(method, TowerMethod):
-        raise UnsupportedError(can_do(method))
+    if issubclass(method, TowerMethod):
+        return
+    where = "beside the towers and leaves their weights as they are"
+    if not issubclass(method, ClassWeightMethod):
+        where = "rules of its own, which no checkpoint of a CLIP holds"
+    raise UnsupportedError(
+        f"{method.name} learns {where}, so there is nothing to merge into a checkpoint: write --format onnx or torch,"
+        " or keep the adapter folder, which 'adaptkit predict' reads. Checkpoints are for clip-lora and peft."
+    )
 
 
 def merge_adapter(model: AdaptedModel, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -56,14 +48,23 @@ def merge_adapter(model: AdaptedModel, folder: str | Path, *, overwrite: bool = 
     """
     check_mergeable(type(model.method))
     method = cast(TowerMethod, model.method)
+    with new_folder(folder, overwrite=overwrite) as building:
+        write_merged(method, building)
+        (building / "README.md").write_text(_card(method), encoding="utf-8")
+    return Path(folder)
+
+
+def write_merged(method: TowerMethod, folder: Path) -> None:
+    """Write the config and the weights of the merged checkpoint into a folder that is there.
+
+    Raises:
+        UnsupportedError: As for `merge_adapter`.
+    """
     config = open_clip_config(cast(DualEncoder, method.backbone))
     scale, _ = method.scale_and_bias()
     state = open_clip_state(method.merged_towers(), scale)
-    with new_folder(folder, overwrite=overwrite) as building:
-        write_json(building / CONFIG_FILE, config)
-        write_safetensors(building / WEIGHTS_FILE, state)
-        (building / "README.md").write_text(_card(method), encoding="utf-8")
-    return Path(folder)
+    write_json(folder / CONFIG_FILE, config)
+    write_safetensors(folder / WEIGHTS_FILE, state)
 
 
 def _card(method: TowerMethod) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.errors import UnsupportedError
+from adaptkit.methods.folding import image_encoder
 
 
 class TunedWeights(nn.Module):
@@ -55,6 +56,10 @@ class TunedWeights(nn.Module):
         twin = self._twin[0][1]
         twin._text_memo.clear()
         return twin
+
+    def image_copy(self, backbone: Backbone) -> nn.Module:
+        """The tuned image encoder, from pixels to features, with weights of its own."""
+        return copy.deepcopy(image_encoder(self.twin(backbone))).requires_grad_(False).eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TunedWeights:
         self._twin = []  # its buffers would stay on the old device

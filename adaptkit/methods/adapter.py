@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adaptkit import __version__
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
+from adaptkit.backbones.stored import UNIDENTIFIED
 from adaptkit.config import from_mapping, to_mapping
 from adaptkit.errors import AdapterError, AdaptKitError, StorageError
 from adaptkit.methods import methods
@@ -28,6 +29,9 @@ from adaptkit.storage import new_folder, read_json, read_safetensors, write_json
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LABEL_FACTS = "classifier"
+"""Where the facts keep the labels of a `FewShotClassifier`."""
+
 _MAX_CONFIG_BYTES = 32 * 2**20
 _MAX_WEIGHT_BYTES = 8 * 2**30
 
@@ -155,6 +159,26 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     return config
 
 
+def saved_labels(config: AdapterConfig, folder: str | Path) -> list[Any]:
+    """A classifier's own labels in the order of the class names, which they are where an adapter has none besides.
+
+    Raises:
+        AdapterError: They don't fit the classes.
+    """
+    content = config.facts.get(LABEL_FACTS)
+    if content is None:
+        return list(config.class_names)
+    labels = content.get("labels") if isinstance(content, Mapping) else None
+    kinds = {type(label) for label in labels} if isinstance(labels, list) else set()
+    if not isinstance(labels, list) or len(labels) != len(config.class_names) or kinds not in ({str}, {int}, {bool}):
+        raise AdapterError(
+            f"The labels in {folder} don't fit its {len(config.class_names)} classes: save the classifier again."
+        )
+    if len(set(labels)) < len(labels):
+        raise AdapterError(f"The labels in {folder} hold one twice: save the classifier again.")
+    return labels
+
+
 def load_adapter(
     folder: str | Path, backbone: Backbone | None = None, *, device: str | torch.device = "cpu"
 ) -> AdaptedModel:
@@ -172,6 +196,13 @@ def load_adapter(
     config = read_adapter_config(folder)
     method_class = methods.get(config.method)
     settings = from_mapping(method_class.config_class, config.config, where=f"{CONFIG_FILE}, config")
+    stored = config.backbone["digest"].startswith(UNIDENTIFIED)
+    if stored and (backbone is None or backbone.spec.digest != config.backbone["digest"]):
+        raise AdapterError(
+            f"{folder} was made from a file of features, which names {config.backbone['name']!r} and doesn't identify"
+            " its weights, so it can't answer images: run the method on that file again with --backbone naming the"
+            " model that made the features."
+        )
     if backbone is None:
         backbone = load_backbone(config.backbone["name"], device=device)
     if backbone.spec.digest != config.backbone["digest"]:

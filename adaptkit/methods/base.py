@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from adaptkit.backbones.base import Backbone
 from adaptkit.config import check_templates
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnsupportedError
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import (
     DEFAULT_TEMPLATES,
     FitTask,
     Inputs,
     NovelClasses,
+    OtherDataset,
     ProgressCallback,
     Reads,
     TrainingLoop,
@@ -42,6 +44,8 @@ def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Seque
     Source: datasets sheet, section 6 (arXiv 2103.00020).
     """
     prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
+    if backbone.texts_length is not None and len(templates) == 1:
+        return backbone.text_features(prompts) / backbone.texts_length
     features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
     return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
 
@@ -75,6 +79,14 @@ class Method(nn.Module):
         scores_by_class_list: Whether a class's logits depend on which other classes are asked for (APE chooses its
             channels for a list of classes); usually a subset's logits are those of all, picked out.
         tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
+        mixes_classes: Whether it can choose between fitted classes and others; where it answers others zero-shot, it
+            never can.
+        fixed_templates: Whether it brings templates of its own, and takes no others.
+        settable: Settings that another dataset may have values of its own for (see `OtherDataset`).
+        other: What is known of the other dataset that the current classes and the images belong to; None for the one it
+            was fitted on.
+        writes_texts: Whether it needs a text encoder for texts of its own, or trains through one: stored features of
+            prompts and sentences don't serve it.
     """
 
     name: ClassVar[str]
@@ -89,6 +101,11 @@ class Method(nn.Module):
     transductive: ClassVar[bool] = False
     scores_by_class_list: ClassVar[bool] = False
     tunes_towers: ClassVar[bool] = False
+    mixes_classes: ClassVar[bool] = True
+    fixed_templates: ClassVar[bool] = False
+    settable: ClassVar[tuple[str, ...]] = ()
+    other: OtherDataset | None = None
+    writes_texts: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
@@ -125,7 +142,9 @@ class Method(nn.Module):
         self.uses_fallback = False
         self.register_forward_pre_hook(_require_finite_inputs)
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
+        self._text_changes = 0  # of templates and descriptions, counted
         self.build()
+        self._own_texts = (self.templates, self.descriptions)
         self.to(backbone.device)
         self.set_classes(class_names)
         self.eval()  # only a training loop puts it into training mode
@@ -158,6 +177,21 @@ class Method(nn.Module):
     def answer_facts(self) -> dict[str, Any]:
         """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
         return {}
+
+    def fold(self) -> Fold:
+        """What answering needs for the current classes, and no more; call it without gradients.
+
+        Raises:
+            UnsupportedError: It needs the text tower, or other images, for every answer; the message says which.
+        """
+        if self.transductive:
+            raise UnsupportedError(
+                f"{self.name} can't be folded: what it answers for an image depends on the images it is asked about"
+                " with it. Keep the adapter folder, which 'adaptkit predict' reads, or choose an inductive method."
+            )
+        raise UnsupportedError(
+            f"{self.name} doesn't say how it folds: keep the adapter folder, which 'adaptkit predict' reads."
+        )
 
     def resize_for(self, state: Mapping[str, Tensor]) -> None:
         """Give the trainables the sizes of a state about to be loaded, for methods whose sizes come from the data.
@@ -201,39 +235,65 @@ class Method(nn.Module):
 
     # --- what every method has ----------------------------------------------------------------------------------------
 
-    def set_classes(self, names: Sequence[str]) -> Method:
+    def set_classes(self, names: Sequence[str], other: OtherDataset | None = None) -> Method:
         """Predict among `names` from now on; returns itself.
 
         A subset of the fitted classes is always served by what was learned. What happens with others depends on
         `novel_classes`: they are served ("open"), all predictions become zero-shot and `uses_fallback` is set
         ("zero-shot"), or they are refused ("refused").
 
+        Args:
+            names: The classes, in the order of the logits.
+            other: The dataset that the classes and the images belong to, where it isn't the one fitted on. Classes that
+                happen to be called like fitted ones may then stand beside others: all of them count as new.
+
         Raises:
             UnsupportedError: Novel classes for a method that refuses them, or fitted and novel classes mixed for a
                 method whose scores for the two aren't comparable.
+            ConfigError: `other` has settings that this method can't take.
         """
         names = check_names(names)
-        self._require_descriptions(names)
-        novel = [name for name in names if name not in set(self.fitted_names)]
-        if novel and self.novel_classes == "refused":
-            raise UnsupportedError(
-                f"{self.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
-                " fit it on these classes, or choose an open-vocabulary method."
-            )
-        mixed = novel and len(novel) < len(names)
-        if mixed and self.novel_classes == "zero-shot":
-            raise UnsupportedError(
-                f"{self.name} scores fitted classes and zero-shot ones on different scales, so it can't choose between"
-                f" {names[0]!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
-            )
-        before = (self.class_names, self.uses_fallback)
-        self.class_names, self.uses_fallback = names, bool(novel) and self.novel_classes == "zero-shot"
+        before = (self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions)
+        self._describe(other)
         try:
+            self._require_descriptions(names)
+            novel = check_novel(type(self), self.fitted_names, names, other is not None, self.novel_classes)
+            self.class_names, self.uses_fallback = names, novel and self.novel_classes == "zero-shot"
             self.classes_changed()
         except Exception:  # a name that doesn't fit, for one: go on with the classes from before
-            self.class_names, self.uses_fallback = before
+            self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions = before
+            self._text_changes += 1
             raise
         return self
+
+    def _describe(self, other: OtherDataset | None) -> None:
+        """Take the other dataset's texts, or one's own again."""
+        if other is self.other:
+            return
+        templates, descriptions = self._own_texts
+        if other is not None:
+            unknown = sorted(set(other.settings) - set(self.settable))
+            if unknown:
+                raise ConfigError(
+                    f"{self.name} takes no {unknown[0]!r} for another dataset; it takes"
+                    f" {', '.join(self.settable) or 'no settings there'}."
+                )
+            templates = templates if self.fixed_templates else check_templates(other.templates)
+            reads = self.reads_descriptions != "never"
+            descriptions = check_descriptions(other.descriptions) if reads else descriptions
+        self.other, self.templates, self.descriptions = other, templates, descriptions
+        self._text_changes += 1
+
+    @property
+    def texts_key(self) -> tuple[Any, ...]:
+        """Names whatever is made of the current classes' names, templates and descriptions, and kept."""
+        return (self.class_names, self._text_changes, self.backbone.device)
+
+    @property
+    def all_novel(self) -> bool:
+        """Whether every current class counts as new."""
+        novel = [name not in set(self.fitted_names) for name in self.class_names]
+        return all(novel) or (self.other is not None and any(novel))
 
     def _require_descriptions(self, names: Sequence[str]) -> None:
         """Refuse classes that no sentence describes, for methods that need them."""
@@ -258,7 +318,7 @@ class Method(nn.Module):
 
     def zero_shot(self) -> Tensor:
         """The zero-shot classifier [classes, dim] of the current classes, unit rows; remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._zero_shot_memo is None or self._zero_shot_memo[0] != key:
             # made in inference mode, or in half precision, it couldn't serve training
             exact = torch.autocast(self.backbone.device.type, enabled=False)
@@ -266,6 +326,15 @@ class Method(nn.Module):
                 weights = zero_shot_weights(self.backbone, self.class_names, self.templates)
             self._zero_shot_memo = (key, weights)
         return self._zero_shot_memo[1]
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        """What cosines are multiplied with, and what is added: here the backbone's."""
+        return float(self.backbone.logit_scale), float(self.backbone.logit_bias)
+
+    def cosine_head(self, weights: Tensor) -> MatrixHead:
+        """The fold of `cosine_logits` with class weights [classes, dim]."""
+        scale, bias = self.scale_and_bias()
+        return MatrixHead(weights, scale=scale, bias=bias)
 
     def cosine_logits(self, features: Tensor, weights: Tensor) -> Tensor:
         """scale · cosine + bias: [batch, dim] and unit weights [classes, dim] to [batch, classes], fp32.
@@ -334,6 +403,41 @@ class Method(nn.Module):
                 )
             own[key] = state[found].to(value.device, value.dtype)
         self.load_adapter_state(own)
+
+
+def check_novel(
+    kind: type[Method],
+    fitted: Sequence[str],
+    names: Sequence[str],
+    elsewhere: bool = False,
+    novel_classes: NovelClasses | None = None,
+) -> bool:
+    """Whether a method answers `names` as classes it wasn't fitted on.
+
+    Args:
+        kind: The method.
+        fitted: The classes it is fitted on.
+        names: The classes it is asked for.
+        elsewhere: Whether they belong to another dataset.
+        novel_classes: What an instance does with novel classes; None for the kind's usual answer.
+
+    Raises:
+        UnsupportedError: It refuses them, or can't choose between fitted classes and others.
+    """
+    does, known = novel_classes or kind.novel_classes, set(fitted)
+    novel = [name for name in names if name not in known]
+    if novel and does == "refused":
+        raise UnsupportedError(
+            f"{kind.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
+            " fit it on these classes, or choose an open-vocabulary method."
+        )
+    if 0 < len(novel) < len(names) and not elsewhere and (does == "zero-shot" or not kind.mixes_classes):
+        own = next(name for name in names if name in known)
+        raise UnsupportedError(
+            f"{kind.name} scores the classes it was fitted on and others on different scales, so it can't choose"
+            f" between {own!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
+        )
+    return bool(novel)
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -450,6 +554,13 @@ class ClassWeightMethod(Method):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(inputs, self.folded_weights())
+
+    def fold_tower(self) -> nn.Module | None:
+        """The adapted image tower, from pixels to features; None where it is the frozen backbone's."""
+        return None
+
+    def fold(self) -> Fold:
+        return Fold(self.cosine_head(self.folded_weights()), self.fold_tower())
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ def test_a_merged_checkpoint(call, trained, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     written = json.loads(outcome.stdout)
     assert written["method"] == "clip-lora"
-    assert written["files"] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
+    assert written["files"] == [
+        "README.md",
+        "labels.json",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "parity.json",
+        "preprocessing.json",
+    ]
+    assert written["parity"]["models"]["open_clip_model.safetensors"]["top1_agreement"] == 1
     adapted, merged = load_adapter(run / "adapter"), load_backbone(f"local-dir:{tmp_path / 'merged'}")
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -48,8 +56,37 @@ def test_a_merged_checkpoint(call, trained, tmp_path):
 def test_what_cannot_be_exported(refused, trained, tmp_path):
     run, out = trained("coop"), tmp_path / "out"
     assert "nothing to merge" in refused("export", run, "--merge", "--out", out)
-    assert "Say what to write. coop learned beside" in refused("export", run, "--out", out)
+    assert "Say what to write: --format onnx, torch" in refused("export", run, "--out", out)
+    assert "--merge is --format open-clip" in refused("export", run, "--merge", "--format", "onnx", "--out", out)
+    assert "8 bits are for ONNX" in refused("export", run, "--format", "torch", "--int8", "--out", out)
+    assert "There is no folder" in refused("export", run, "--format", "torch", "--images", "none", "--out", out)
+    assert "is not one of" in refused("export", run, "--format", "coreml", "--out", out)
     assert "not an adapter folder" in refused("export", tmp_path, "--merge", "--out", out)
+    assert not out.exists()
+
+
+def test_onnx_compared_on_labelled_images(call, refused, photos, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    run, out = tmp_path / "probe", tmp_path / "out"
+    outcome = call("run", photos, "--method", "linear-probe", "--shots", 2, "--out", run)
+    assert outcome.exit_code == 0, outcome.output
+    words = ("export", run, "--format", "onnx", "--int8", "--images", photos, "--out", out)
+    outcome = call(*words)
+    assert outcome.exit_code == 0, outcome.output
+    assert "compared on the images in photos (32 files)" in " ".join(outcome.output.split())
+    report = json.loads((out / "parity.json").read_text())
+    assert report["probes"]["labelled"] == 32
+    full, small = report["models"]["model.onnx"], report["models"]["model.int8.onnx"]
+    assert full["accuracy"] == report["adapter_accuracy"] > 0.5
+    assert abs(small["accuracy"] - full["accuracy"]) < 0.2
+    assert "labelled images" in (out / "README.md").read_text()
+    assert "not empty" in refused(*words)
+
+
+def test_what_cannot_be_folded(refused, trained, tmp_path):
+    run, out = trained("cocoop"), tmp_path / "out"
+    assert "every image shifts its text prompts" in refused("export", run, "--format", "torch", "--out", out)
     assert not out.exists()
 
 

@@ -19,6 +19,7 @@ from adaptkit.errors import AdapterError, AdaptKitError, ConfigError, DataError,
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig
 from adaptkit.training.loop import fit_method
+from adaptkit.types import OtherDataset
 from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, closed_text, image_only, make_task, query, tiny_clip
 
@@ -213,6 +214,29 @@ def test_classes_it_never_saw(backbone, method):
         with pytest.raises(UnsupportedError, match="different scales"):
             method.set_classes((NAMES[0], NOVEL[0]))
     assert torch.equal(predict(method.set_classes(NAMES), inputs), own)
+
+
+def test_another_datasets_texts_come_and_go(backbone, name, method):
+    """Its classes are answered with its templates, as if they had been there from the start; then all is as before."""
+    inputs, other = query(backbone, method.reads), OtherDataset(("a sketch of {}", "{}!"), DESCRIPTIONS)
+    own, (templates, descriptions) = predict(method, inputs), (method.templates, method.descriptions)
+    if method.novel_classes == "refused":
+        with pytest.raises(UnsupportedError):
+            method.set_classes(NOVEL, other)
+    else:
+        twin = type(method)(backbone, NAMES, templates=other.templates, config=method.config, descriptions=DESCRIPTIONS)
+        twin.load_adapter_state(method.adapter_state())
+        answered = predict(method.set_classes(NOVEL, other), inputs)
+        torch.testing.assert_close(answered, predict(twin.set_classes(NOVEL), inputs))
+        assert method.uses_fallback == (method.novel_classes == "zero-shot")
+        mixed = predict(method.set_classes((NAMES[0], *NOVEL), other), inputs)  # called alike, but another class
+        assert mixed.shape == (len(inputs), 1 + len(NOVEL))
+        assert method.uses_fallback == (method.novel_classes == "zero-shot")
+    with pytest.raises(ConfigError, match="another dataset"):
+        method.set_classes(NAMES, OtherDataset(settings={"colour": 1}))
+    predict(method.set_classes(NAMES, other), inputs)
+    assert torch.equal(predict(method.set_classes(NAMES), inputs), own)
+    assert (method.templates, method.descriptions) == (templates, descriptions)
 
 
 def test_a_subset_of_its_classes_is_always_served(backbone, name, method):

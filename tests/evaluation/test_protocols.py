@@ -23,6 +23,7 @@ from tests.backbones import tiny_mllm
 from tests.quick import described, quick_overrides
 
 DIGITS = described(load_dataset("digits"))
+TEXTURES = described(load_dataset("textures"))
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +152,16 @@ def test_the_embedded_backbone_gets_the_quick_recipe(backbone):
     assert choose_recipe("coop", "few-shot", backbone, "none") is None
 
 
+def task_for(recipe, target="textures"):
+    targets = [dataclasses.replace(TEXTURES, name=target)] if recipe.protocol == "cross-dataset" else []
+    return make_task(DIGITS, recipe.protocol, 4, 1, targets=targets)
+
+
 def test_every_recipe_can_be_planned(backbone):
     planned = 0
     for name in list_recipes():
         recipe = load_recipe(name)
-        task = make_task(DIGITS, recipe.protocol, 4, 1)
+        task = task_for(recipe)
         if recipe.tuned_on == "per-dataset-config":
             continue  # knows none of the embedded datasets
         plan = plan_run(recipe.method, backbone, task, recipe=name)
@@ -221,13 +227,18 @@ def test_recipes_with_settings_per_dataset_know_theirs_only(backbone):
     planned = 0
     for name in names:
         recipe = load_recipe(name)
-        with pytest.raises(ConfigError, match="none for 'digits'"):
-            plan_run(recipe.method, backbone, make_task(DIGITS, recipe.protocol, 4, 1), recipe=name)
+        with pytest.raises(ConfigError, match=r"none for '(digits|textures)'"):
+            plan_run(recipe.method, backbone, task_for(recipe), recipe=name)
         for dataset in recipe.by_dataset:
             task = make_task(dataclasses.replace(DIGITS, name=dataset), recipe.protocol, 4, 1)
             assert plan_run(recipe.method, backbone, task, recipe=name).key.dataset == dataset
             planned += 1
-    assert planned == sum(len(load_recipe(name).by_dataset) for name in names) >= 60
+        for target in recipe.by_target:
+            plan = plan_run(recipe.method, backbone, task_for(recipe, target), recipe=name)
+            assert plan.key.settings["target_settings"] == {target: recipe.by_target[target]}
+            planned += 1
+    expected = sum(len(load_recipe(name).by_dataset) + len(load_recipe(name).by_target) for name in names)
+    assert planned == expected >= 74
 
 
 def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):

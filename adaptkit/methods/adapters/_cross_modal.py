@@ -28,6 +28,7 @@ from adaptkit.methods.adapters._texts import (
     text_examples,
 )
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
+from adaptkit.methods.folding import Bottleneck, Fold, MatrixHead
 from adaptkit.types import FitTask, Inputs, NovelClasses, TrainingLoop, TrainingSettings
 
 WARMUP_STEPS = 50
@@ -155,7 +156,7 @@ class CrossModalMethod(Method):
 
     def zero_shot_rows(self, names: Sequence[str]) -> Tensor:
         """Rows that a head starts from: the mean of unnormalised text features, normalised, [classes, dim]."""
-        key = (tuple(names), self.backbone.device)
+        key = (tuple(names), self.texts_key)
         if self._zero_shot_rows_memo is None or self._zero_shot_rows_memo[0] != key:
             rows = F.normalize(mean_text_features(self.backbone, names, self.templates), dim=-1)
             self._zero_shot_rows_memo = (key, rows)
@@ -196,6 +197,19 @@ class CrossModalMethod(Method):
         """scale · head · mixed unit feature: [batch, dim] to [batch, classes], fp32, also under autocast."""
         with torch.autocast(features.device.type, enabled=False):
             return self.config.scale * F.linear(self.mixed(F.normalize(features.float(), dim=-1)), head)
+
+    def fold_mixing(self) -> Bottleneck | None:
+        """What `mixed` does, from unnormalised features on; None where the head sees plain unit features."""
+        return None
+
+    def fold_tower(self) -> nn.Module | None:
+        """The adapted image tower; None where it is the frozen backbone's."""
+        return None
+
+    def fold(self) -> Fold:
+        mixing = self.fold_mixing()
+        head = MatrixHead(self.current_head(), scale=self.config.scale, normalise=mixing is None)
+        return Fold(head if mixing is None else nn.Sequential(mixing, head), self.fold_tower())
 
     def batch_logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Logits of selected image examples, then of text features [texts, dim], among the fitted classes."""

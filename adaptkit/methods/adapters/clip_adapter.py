@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.adapters._texts import not_searched
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_linear, read_all
+from adaptkit.methods.folding import Bottleneck, Fold
 from adaptkit.types import FitTask, TrainingSettings
 
 SEARCHED_RATIOS = tuple(step / 10 for step in range(1, 10))
@@ -87,6 +88,10 @@ class CLIPAdapter(ClassWeightMethod, GradientMethod):
         features = inputs.to(self.ratio.dtype)
         mixed = self.ratio * self.adapted(features) + (1 - self.ratio) * features  # [batch, dim]
         return self.cosine_logits(mixed, self.folded_weights())
+
+    def fold(self) -> Fold:
+        mixing = Bottleneck(self.down.weight, self.up.weight, float(self.ratio))
+        return Fold(nn.Sequential(mixing, self.cosine_head(self.folded_weights())))
 
     @torch.no_grad()
     def finish(self, task: FitTask) -> dict[str, Any]:

@@ -17,6 +17,7 @@ stay near chance, though any text can be scored.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,7 @@ from adaptkit.backbones.tower import ImageTower, TextState
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.base import GradientMethod, MethodConfig
+from adaptkit.methods.folding import Fold
 from adaptkit.methods.prompts._layout import open_image
 from adaptkit.methods.prompts._representation import open_started_text, template_rows
 from adaptkit.types import Reads, TrainingSettings
@@ -161,12 +163,8 @@ class ColaAdapter(GradientMethod):
 
         def score(part: Tensor) -> Tensor:
             at_image, at_text = part // len(words), part % len(words)
-            hidden = ~mask[at_text]  # [pairs, length]
-            hidden = torch.cat([hidden.new_zeros(len(part), patches.shape[1]), hidden], dim=1)  # [pairs, n]
-            joint = torch.cat([patches[at_image], text_tokens[at_text].to(patches.dtype)], dim=1)  # [pairs, n, width]
-            query = self.query.to(joint.dtype).expand(len(part), 1, -1)
-            decoded = self.transformer(joint, query, src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
-            return (decoded[:, 0].float() * words[at_text]).sum(dim=-1)  # [pairs]
+            decoded = decode(self.transformer, self.query, patches[at_image], text_tokens[at_text], mask[at_text])
+            return (decoded.float() * words[at_text]).sum(dim=-1)  # [pairs]
 
         parts = torch.split(pairs, self._pairs_at_once(patches.shape[1] + mask.shape[1]))
         return torch.cat(_in_chunks(score, parts)).unflatten(0, (len(patches), len(words)))
@@ -181,6 +179,10 @@ class ColaAdapter(GradientMethod):
         scores = self.pair_scores(self.patch_tokens(inputs), *self.text_tokens())  # [batch, templates · classes]
         return scores.unflatten(1, (len(self.templates), len(self.class_names))).mean(dim=1)  # [batch, classes]
 
+    def fold(self) -> Fold:
+        """The texts' tokens are frozen, so they stand in the head as they are, and no text tower runs."""
+        return Fold(_PairHead(self), _PatchTower(self._image))
+
     def losses(self, inputs: Tensor, labels: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
         """`sigmoid`: binary cross-entropy averaged over all pairs; or `cross_entropy` over the classes."""
         scores = self(inputs)  # [batch, classes]
@@ -188,6 +190,60 @@ class ColaAdapter(GradientMethod):
             return {"cross_entropy": F.cross_entropy(scores, labels)}
         truth = F.one_hot(labels, scores.shape[1]).to(scores.dtype)
         return {"sigmoid": F.binary_cross_entropy_with_logits(scores, truth)}
+
+
+def decode(transformer: nn.Module, query: Tensor, patches: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+    """The decoded query [pairs, width] of patches [pairs, n, width] and text tokens [pairs, length, width].
+
+    Text tokens count where `mask` [pairs, length] is True.
+    """
+    hidden = torch.cat([torch.zeros_like(patches[..., 0], dtype=torch.bool), ~mask], dim=1)  # [pairs, n + length]
+    joint = torch.cat([patches, texts.to(patches.dtype)], dim=1)  # [pairs, n + length, width]
+    queries = query.to(joint.dtype).expand(joint.shape[0], 1, -1)
+    decoded: Tensor = transformer(joint, queries, src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
+    return decoded[:, 0]
+
+
+class _PatchTower(nn.Module):
+    """The frozen image tower up to its last block: pixels to patch tokens [batch, patches, width]."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.tower, self.stop = tower, tower.layers - 1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens: Tensor = self.tower.hidden(pixels, stop=self.stop)
+        return tokens if self.tower.class_embedding is None else tokens[:, 1:]
+
+
+class _PairHead(nn.Module):
+    """`ColaAdapter.forward` from patch tokens on, for one list of classes."""
+
+    texts: Tensor
+    mask: Tensor
+    words: Tensor
+    query: Tensor
+
+    def __init__(self, method: ColaAdapter) -> None:
+        super().__init__()
+        texts, mask = method.text_tokens()
+        for name, value in (("texts", texts), ("mask", mask), ("words", word_means(texts, mask))):
+            self.register_buffer(name, value.detach().clone())
+        self.register_buffer("query", method.query.detach().clone())
+        self.linear, self.transformer = copy.deepcopy(method.linear), copy.deepcopy(method.transformer)
+        self.shape = (len(method.templates), len(method.class_names))
+        self.requires_grad_(False).eval()
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Logits [batch, classes] of patch tokens; one text after the other, which bounds the memory."""
+        patches = self.linear(patches)  # [batch, patches, text width]
+        scores = []
+        for row in range(self.texts.shape[0]):
+            texts = self.texts[row].expand(patches.shape[0], -1, -1)
+            mask = self.mask[row].expand(patches.shape[0], -1)
+            decoded = decode(self.transformer, self.query, patches, texts, mask)  # [batch, text width]
+            scores.append((decoded.float() * self.words[row]).sum(dim=-1))
+        return torch.stack(scores, dim=1).unflatten(1, self.shape).mean(dim=1)  # [batch, classes]
 
 
 def _check_heads(heads: int, width: int, backbone: Backbone) -> None:

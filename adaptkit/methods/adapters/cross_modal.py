@@ -18,6 +18,7 @@ from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.adapters._cross_modal import CrossModalMethod, HeadConfig
 from adaptkit.methods.base import draw_linear
+from adaptkit.methods.folding import Bottleneck
 
 Grid = tuple[Sequence[float], Sequence[float], Sequence[int]]
 
@@ -66,6 +67,11 @@ class CrossModal(CrossModalMethod):
             hidden = max(1, dim // REDUCTION)
             self.down = draw_linear(dim, hidden, self.generator, bias=False)
             self.up = draw_linear(hidden, dim, self.generator, bias=False)
+
+    def fold_mixing(self) -> Bottleneck | None:
+        if self.config.variant == "linear":
+            return None
+        return Bottleneck(self.down.weight, self.up.weight, self.config.ratio, normalise=True)
 
     def mixed(self, unit: Tensor) -> Tensor:
         """Not normalised again behind the adapter."""

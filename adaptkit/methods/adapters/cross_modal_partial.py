@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from adaptkit.backbones.tower import ImageTower
 from adaptkit.methods import methods
 from adaptkit.methods.adapters._cross_modal import CrossModalMethod, Examples, HeadConfig
+from adaptkit.methods.folding import rebuilt_tower
 from adaptkit.types import Inputs, Reads
 
 CACHE_BYTES = 2**31
 """Room for the tokens that enter the last block; where there would be more, they are computed in every step."""
 
 _BATCH = 64
+_END = ("ln_post.", "pool_head.", "projection.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class CrossModalPartial(CrossModalMethod):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head_logits(self.image_features(self.tokens(inputs)), self.current_head())
+
+    def fold_tower(self) -> ImageTower:
+        """The backbone's tower with the trained end in place of its own."""
+        state = {name: value for name, value in self.tower.state_dict().items() if not name.startswith(_END)}
+        last = f"blocks.{self.tower.layers - 1}."
+        for name, value in self.tail.state_dict().items():
+            state[name.replace("blocks.0.", last)] = value.detach().clone()
+        return rebuilt_tower(self.tower, state)
 
     def examples(self, inputs: Inputs, views: int) -> Examples:
         """Tokens that enter the last block, of all images in the first `views` views, kept where they fit."""

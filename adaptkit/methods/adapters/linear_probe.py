@@ -21,6 +21,7 @@ from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.adapters._texts import not_searched
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, NovelClasses, TrainingLoop
 
 COARSE_C = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
@@ -88,6 +89,11 @@ class LinearProbe(Method):
             return self.cosine_logits(inputs, self.zero_shot())
         rows = self._rows.to(self.weight.device)
         return F.linear(inputs.to(self.weight.dtype), self.weight[rows], self.bias[rows])  # [batch, classes]
+
+    def fold(self) -> Fold:
+        if self._rows is None:
+            return Fold(self.cosine_head(self.zero_shot()))
+        return Fold(MatrixHead(self.weight[self._rows], bias=self.bias[self._rows], normalise=False))
 
     def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
         """Fit, searching C on `task.val` where there is one; only view 0 is used (the probe knows no augmentation)."""

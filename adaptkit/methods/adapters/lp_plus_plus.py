@@ -22,6 +22,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.adapters._texts import check_few_shots, count_correct, not_searched
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
 from adaptkit.methods.caches._cache import view_mean_keys
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, NovelClasses, TrainingLoop, TrainingSettings
 
 ALPHA_FACTOR = 250.0
@@ -119,6 +120,13 @@ class LPPlusPlus(Method):
         with torch.autocast(inputs.device.type, enabled=False):
             x, rows = F.normalize(inputs.float(), dim=-1), self._rows.to(self.weight.device)
             return F.linear(x, self.weight[rows], self.bias[rows]) + self.alpha[rows] * (x @ self.zero_shot().T)
+
+    def fold(self) -> Fold:
+        if self._rows is None:
+            return Fold(self.cosine_head(self.zero_shot()))
+        rows = self._rows.to(self.weight.device)
+        both = self.weight[rows] + self.alpha[rows, None] * self.zero_shot()  # [classes, dim]
+        return Fold(MatrixHead(both, bias=self.bias[rows]))
 
     # --- fitting ------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
+from adaptkit.methods.folding import CacheHead, Fold, MatrixHead
 from adaptkit.types import FitTask, Inputs, NovelClasses, TrainingLoop
 
 GRID_START = 0.1
@@ -143,7 +144,7 @@ class CacheMethod(Method):
 
     def clip_logits(self, f: Tensor) -> Tensor:
         """Zero-shot logits [batch, classes] of unit features [batch, dim]."""
-        return self.config.scale * f @ self.zero_shot().T
+        return self.config.scale * f @ self.text_weights().T
 
     def cache_logits(self, f: Tensor) -> Tensor:
         """What the cache says, not yet weighed by alpha: [batch, classes] of unit features [batch, dim]."""
@@ -153,6 +154,36 @@ class CacheMethod(Method):
 
     def _logits(self, f: Tensor) -> Tensor:
         return self.clip_logits(f) + self.alpha * self.cache_logits(f)
+
+    def fold(self) -> Fold:
+        if self.uses_fallback:
+            return Fold(self.cosine_head(self.zero_shot()))
+        if not len(self.keys):  # not fitted
+            return Fold(MatrixHead(self.zero_shot(), scale=self.config.scale))
+        return Fold(self.cache_head())
+
+    def cache_head(self) -> CacheHead:
+        """The whole of `forward` for the current classes, as one module."""
+        keys, labels, rows = self.keys_of_classes()
+        return self.cache_of(keys, labels, keys.new_ones(len(rows)))
+
+    def keys_of_classes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [n, dim] of the current classes, their class among these int64 [n], and their rows int64 [n]."""
+        place = self.key_labels.new_full((len(self.fitted_names),), -1)
+        place[self.fitted_indices()] = torch.arange(len(self.class_names), device=place.device)
+        labels = place[self.key_labels]
+        rows = (labels >= 0).nonzero()[:, 0]
+        return self.keys[rows], labels[rows], rows
+
+    def cache_of(self, keys: Tensor, labels: Tensor, values: Tensor, **more: Any) -> CacheHead:
+        """A head with this method's alpha and beta, and the text that `clip_logits` compares with."""
+        text = MatrixHead(self.text_weights(), scale=self.config.scale, normalise=False)
+        settings = {"alpha": float(self.alpha), "beta": float(self.beta), **more}
+        return CacheHead(text, keys, labels, len(self.class_names), values, **settings)
+
+    def text_weights(self) -> Tensor:
+        """What zero-shot compares unit features with, [classes, dim]."""
+        return self.zero_shot()
 
     # --- search -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from adaptkit.errors import ConfigError, DataError, UnsupportedError
 from adaptkit.methods.base import progress_of, read_all, render_prompts
 from adaptkit.methods.caches._cache import CacheConfig, CacheMethod, _similarities, grid
 from adaptkit.methods.descriptions._sentences import sentence_features, unit_means
+from adaptkit.methods.folding import ClassBlocks
 from adaptkit.types import FitTask, TrainingLoop
 
 REFERENCE_WIDTH = 1024
@@ -160,19 +161,8 @@ class Rivals:
         return lowest, highest
 
 
-class KeyBlocks:
+class KeyBlocks(ClassBlocks):
     """Keys in a block per class, [classes, most shots]: short classes are filled up by keys that weigh nothing."""
-
-    def __init__(self, labels: Tensor, classes: int) -> None:
-        counts = labels.bincount(minlength=classes)
-        most = int(counts.max()) if len(labels) else 0
-        order = labels.argsort(stable=True)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
-        self.index = torch.zeros(classes, most, dtype=torch.int64, device=labels.device)
-        self.index[labels[order], place] = order
-        self.filled = torch.zeros(classes, most, dtype=torch.bool, device=labels.device)
-        self.filled[labels[order], place] = True
 
     def weights(self, values: Tensor) -> Tensor:
         """Values of the keys [n, variants] as blocks [classes, variants, most shots], 0 where there is no key."""
@@ -199,7 +189,7 @@ class ChannelCacheMethod(CacheMethod):
         """Unit text weights [classes, dim] of the current classes, sentences about them included."""
         if not self.descriptions:
             return super().zero_shot()
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._pooled_memo is None or self._pooled_memo[0] != key:
             exact = torch.autocast(self.backbone.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), exact:

@@ -21,6 +21,7 @@ from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.caches._cache import class_sums
 from adaptkit.methods.caches._channels import ChannelCacheMethod, ChannelConfig, best_channels, channel_scores
+from adaptkit.methods.folding import CacheHead
 from adaptkit.types import FitTask, TrainingLoop, TrainingSettings
 
 _TINY = 1e-6  # the reference's, inside its logarithm
@@ -148,6 +149,11 @@ class APE(ChannelCacheMethod):
         refined = self.refined()
         similar = torch.exp(self.beta * self.distances(f)) * torch.exp(self.gamma * refined.divergence)  # [batch, n]
         return class_sums(similar, refined.labels, len(self.class_names))
+
+    def cache_head(self) -> CacheHead:
+        refined = self.refined()
+        values = torch.exp(self.gamma * refined.divergence)
+        return self.cache_of(refined.keys, refined.labels, values, channels=refined.channels)
 
     # --- search -------------------------------------------------------------------------------------------------------
 

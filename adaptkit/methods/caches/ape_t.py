@@ -21,6 +21,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.base import GradientMethod, read_all
 from adaptkit.methods.caches._cache import class_sums
 from adaptkit.methods.caches._channels import ChannelCacheMethod, ChannelConfig, best_channels, channel_scores
+from adaptkit.methods.folding import CacheHead
 from adaptkit.types import FitTask, TrainingSettings
 
 
@@ -84,8 +85,11 @@ class APET(ChannelCacheMethod, GradientMethod):
             residual = residual[self.fitted_indices()]
         return self.zero_shot().index_add(1, self.channels, residual)
 
-    def clip_logits(self, f: Tensor) -> Tensor:
-        return self.config.scale * f @ self.text_weights().T
+    def cache_head(self) -> CacheHead:
+        """Keys of a class move with its residual, so the two become one."""
+        keys, labels, rows = self.keys_of_classes()
+        moved = keys.index_add(1, self.channels, self.residual[self.key_labels[rows]])
+        return self.cache_of(moved, labels, self.values[rows])
 
     def distances(self, f: Tensor) -> Tensor:
         moved = f[:, self.channels] @ self.residual.T  # [batch, classes]: keys of a class share their residual

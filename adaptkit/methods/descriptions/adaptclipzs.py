@@ -29,6 +29,7 @@ from adaptkit.methods import methods
 from adaptkit.methods._tuned import TunedWeights
 from adaptkit.methods.base import GradientMethod, MethodConfig, ParameterGroup, render_prompts
 from adaptkit.methods.descriptions._sentences import is_whole
+from adaptkit.methods.folding import Fold, SentenceHead
 from adaptkit.types import FitTask, Reads, TrainingSettings
 
 BETAS = (0.9, 0.98)
@@ -204,6 +205,12 @@ class AdaptCLIPZS(GradientMethod):
         with torch.autocast(features.device.type, enabled=False):
             cosine = F.normalize(features.float(), dim=-1) @ self.sentence_weights().T  # [batch, sentences]
             return mean_log_probabilities(self.log_scale.exp() * cosine, self._owners, self._sizes)
+
+    def fold(self) -> Fold:
+        scale = float(self.log_scale.detach().exp())
+        rows = self.sentence_weights()
+        head = SentenceHead(rows, self._owners, len(self._sizes), scale=scale, how="log-mean")
+        return Fold(head, self.tuned.image_copy(self.backbone))
 
 
 def shortened(sentence: str, words: int) -> str:

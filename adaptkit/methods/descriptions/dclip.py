@@ -21,6 +21,7 @@ from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, MethodConfig, render_prompts
 from adaptkit.methods.descriptions._sentences import DescribedMethod, is_whole, linked, plain_name, unit_means
+from adaptkit.methods.folding import Fold, SentenceHead, sentence_owners
 from adaptkit.types import FitTask, TrainingLoop
 
 _FORWARD_BYTES = 256e6
@@ -115,9 +116,16 @@ class DCLIP(DescribedMethod, ClassWeightMethod):
             parts.append(torch.stack([one.amax(dim=1) for one in torch.split(similar, counts, dim=1)], dim=1))
         return torch.cat(parts)  # [batch, classes]
 
+    def fold(self) -> Fold:
+        if self.config.aggregation != "max":
+            return super().fold()
+        bank, (scale, bias) = self._unit_bank(), self.scale_and_bias()
+        owners = sentence_owners([len(rows) for rows in bank], self.backbone.device)
+        return Fold(SentenceHead(torch.cat(bank), owners, len(bank), scale=scale, bias=bias, how="max"))
+
     def _unit_bank(self) -> list[Tensor]:
         """Per class its unit sentence features [sentences, dim]; remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._bank is None or self._bank[0] != key:
             features = self.class_sentence_features([self.sentences(name) for name in self.class_names])
             self._bank = (key, [F.normalize(rows, dim=-1) for rows in features])

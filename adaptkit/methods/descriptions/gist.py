@@ -40,6 +40,7 @@ from adaptkit.methods.base import (
 )
 from adaptkit.methods.descriptions._sentences import sentence_features
 from adaptkit.methods.descriptions.adaptclipzs import bag_losses
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TensorInputs, TrainingLoop, TrainingSettings
 
 BETAS = (0.9, 0.98)
@@ -137,6 +138,7 @@ class GIST(GradientMethod):
     config: GISTConfig
     novel_classes = "zero-shot"
     reads_descriptions = "needed"
+    writes_texts = True
     default_training = TrainingSettings(
         epochs=200,
         batch_size=20,
@@ -183,9 +185,16 @@ class GIST(GradientMethod):
         rows = self._rows.to(self.weight.device)
         return F.linear(features.to(self.weight.dtype), self.weight[rows], self.bias[rows])  # [batch, classes]
 
+    def fold(self) -> Fold:
+        tower = None if self.tuned is None else self.tuned.image_copy(self.backbone)
+        if self._rows is None:
+            return Fold(self.cosine_head(self.zero_shot() if self.tuned is None else self._tuned_zero_shot()), tower)
+        rows = self._rows.to(self.weight.device)
+        return Fold(MatrixHead(self.weight[rows], bias=self.bias[rows], normalise=False), tower)
+
     def _tuned_zero_shot(self) -> Tensor:
         """The zero-shot classifier of the tuned towers [classes, dim], remembered."""
-        key = (self.class_names, [(id(value), value._version) for value in self.parameters()])
+        key = (self.texts_key, [(id(value), value._version) for value in self.parameters()])
         if self._novel_memo is None or self._novel_memo[0] != key:
             with torch.no_grad():
                 weights = zero_shot_weights(self.towers, self.class_names, self.templates)

@@ -115,7 +115,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Unnormalised features [classes, most sentences, dim], and which are no padding, bool [classes, most]."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._sentences is None or self._sentences[0] != key:
             rows = self.class_sentence_features([self.descriptions[name] for name in self.class_names])
             counts = torch.tensor([len(one) for one in rows], device=rows[0].device)

@@ -24,6 +24,7 @@ from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tower import ImageTower, TextRows, TextTower
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, render_prompts
+from adaptkit.methods.folding import rebuilt_tower
 from adaptkit.storage import write_json, write_safetensors
 from adaptkit.types import Reads
 
@@ -62,8 +63,8 @@ def own_biases(tower: nn.Module, wanted: Callable[[str], bool] = lambda name: Tr
             module.bias = nn.Parameter(module.bias.detach().clone())
 
 
-def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None) -> None:
-    """Put peft's layers into a shared copy, drawn from `seed` (None where nothing is drawn).
+def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None, name: str = _ADAPTER) -> None:
+    """Put peft's layers for an adapter `name` into a shared copy, drawn from `seed` (None where nothing is drawn).
 
     Raises:
         ConfigError: peft refuses the settings, or finds none of the target layers.
@@ -76,7 +77,7 @@ def inject(tower: nn.Module, config: Any, *, word: str, seed: int | None) -> Non
         if seed is not None:
             torch.manual_seed(seed)  # peft draws on the CPU, from torch's own generator
         try:
-            peft.inject_adapter_in_model(config, tower, adapter_name=_ADAPTER)
+            peft.inject_adapter_in_model(config, tower, adapter_name=name)
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"peft can't change the {word} tower with these settings: {reason:.300}.") from error
@@ -156,10 +157,6 @@ class TowerMethod(ClassWeightMethod, GradientMethod):
         """Put the trainables into a shared copy; returns peft's config, or None where peft has no part in it."""
         raise NotImplementedError(f"{type(self).__name__} doesn't define change.")
 
-    def scale_and_bias(self) -> tuple[float, float]:
-        """What cosines are multiplied with, and what is added."""
-        return float(self.backbone.logit_scale), float(self.backbone.logit_bias)
-
     # --- what they share ----------------------------------------------------------------------------------------------
 
     def build(self) -> None:
@@ -218,7 +215,7 @@ class TowerMethod(ClassWeightMethod, GradientMethod):
 
     def _text_rows(self) -> TextRows:
         """The layout of all prompts, template by template; remembered for one class list."""
-        key = (self.class_names, self.templates, self.backbone.device)
+        key = self.texts_key
         if self._rows_memo is None or self._rows_memo[0] != key:
             prompts = [prompt for template in self.templates for prompt in render_prompts(self.class_names, template)]
             backbone = cast(DualEncoder, self.backbone)
@@ -234,6 +231,17 @@ class TowerMethod(ClassWeightMethod, GradientMethod):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(self.encode_image(inputs), self.folded_weights())
+
+    def fold_tower(self) -> nn.Module | None:
+        """A plain tower with what was learned merged in; weights that didn't change are the backbone's own.
+
+        Raises:
+            UnsupportedError: The frozen weights are quantised.
+        """
+        tower = self.changed_towers.get("image")
+        if tower is None:
+            return None
+        return rebuilt_tower(cast(ImageTower, self.backbone.image_tower), merged_state(tower))
 
     # --- leaving ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tower import (
     EMBEDDING,
+    Edit,
     ImageTower,
     InsertTokens,
     ReplaceContexts,
@@ -103,15 +104,19 @@ def prompted_image(tower: ImageTower, pixels: Tensor, prompts: Sequence[Tensor])
     Those of layer 0 get no position but pass the tower's first norm; deeper ones are put in as they are. Without any
     it is the frozen tower.
     """
-    if not prompts:
-        plain: Tensor = tower(pixels)
-        return plain
-    first, *deeper = prompts
-    edits = {EMBEDDING: [InsertTokens(first)]} | {
-        layer: [ReplaceTokens(vectors, at=-len(vectors))] for layer, vectors in enumerate(deeper, start=1)
-    }
-    features: Tensor = tower(pixels, edits)
+    features: Tensor = tower(pixels, image_edits(prompts))
     return features
+
+
+def image_edits(prompts: Sequence[Tensor]) -> dict[int, Sequence[Edit]]:
+    """What `prompted_image` does to a tower on entry to each layer."""
+    if not prompts:
+        return {}
+    first, *deeper = prompts
+    edits: dict[int, Sequence[Edit]] = {EMBEDDING: [InsertTokens(first)]}
+    for layer, vectors in enumerate(deeper, start=1):
+        edits[layer] = [ReplaceTokens(vectors, at=-len(vectors))]
+    return edits
 
 
 # --- the official releases' names -------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ Source: mmrl and mmrlpp sheets ("Forward pass").
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.dual_encoder import DualEncoder
-from adaptkit.backbones.tower import Edit, ImageTower, InsertTokens, ReplaceTokens, TextRows, TextTower
+from adaptkit.backbones.tower import Edit, Edits, ImageTower, InsertTokens, ReplaceTokens, TextRows, TextTower
 from adaptkit.errors import BackboneError, ConfigError, DataError
 from adaptkit.methods.base import draw_linear, render_prompts
+from adaptkit.methods.folding import EditedTower
 from adaptkit.methods.prompts._layout import open_image, open_text
 
 FIRST = 1
@@ -119,6 +121,47 @@ def token_edits(tokens: Sequence[Tensor], layers: range, share: float) -> dict[i
     for layer, vectors in zip(layers[1:], others, strict=True):
         edits[layer] = [ReplaceTokens(vectors, at=FIRST, share=share)]
     return edits
+
+
+class ReadOut(EditedTower):
+    """An image tower with representation tokens, and what is read from it: the class feature, or both features mixed.
+
+    Args:
+        tower: Frozen, shared with the backbone.
+        edits: The tokens, as `token_edits` gives them.
+        second: Projects the tokens' mean [batch, width] to the second feature; None to read the class feature alone.
+        tokens: How many representation tokens there are.
+        alpha: Share of the class feature in the mix of unit features.
+    """
+
+    def __init__(
+        self, tower: ImageTower, edits: Edits, second: nn.Linear | None = None, *, tokens: int = 0, alpha: float = 1.0
+    ) -> None:
+        super().__init__(tower, edits)
+        self.second, self.count, self.alpha = second, tokens, alpha
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The unnormalised class feature, or the mix of unit features, [batch, dim]."""
+        tower = self.tower
+        x = tower.hidden(pixels, stop=0)
+        rows = tower.tokens(x, self.edits(), rows=range(FIRST + self.count if self.second is not None else 1))
+        normed = tower.ln_post(rows) if tower.shape.norm_after_pool else rows
+        feature: Tensor = tower.projection(normed[:, 0])
+        if self.second is None:
+            return feature
+        other = self.second(normed[:, FIRST:].mean(dim=1))
+        return self.alpha * F.normalize(feature, dim=-1) + (1 - self.alpha) * F.normalize(other, dim=-1)
+
+
+def second_projection(project: Callable[[Tensor], Tensor], width: int, device: torch.device) -> nn.Linear:
+    """A projection [batch, width] → [batch, dim] that is linear, however it is computed, as one layer."""
+    offset = project(torch.zeros(1, width, device=device))[0]  # [dim]
+    matrix = project(torch.eye(width, device=device)) - offset  # [width, dim]
+    layer = nn.utils.skip_init(nn.Linear, width, len(offset), device=device)
+    with torch.no_grad():
+        layer.weight.copy_(matrix.T)
+        layer.bias.copy_(offset)
+    return layer.requires_grad_(False)
 
 
 # --- from the shared tokens to those of a layer -----------------------------------------------------------------------

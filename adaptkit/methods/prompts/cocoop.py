@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptkit.backbones.tower import VALUES_KEPT_PER_CHANNEL
+from adaptkit.errors import UnsupportedError
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig, draw_linear
+from adaptkit.methods.folding import Fold
 from adaptkit.methods.prompts._context import ContextMethod
 from adaptkit.methods.prompts._deep import check_count, first_context
 from adaptkit.types import TrainingSettings
@@ -101,6 +103,12 @@ class CoCoOp(ContextMethod):
         with torch.autocast(features.device.type, enabled=False):
             cosine = (weights.float() @ F.normalize(features.float(), dim=-1)[:, :, None])[:, :, 0]  # [batch, classes]
             return self.backbone.logit_scale * cosine + self.backbone.logit_bias
+
+    def fold(self) -> Fold:
+        raise UnsupportedError(
+            "cocoop can't be folded: every image shifts its text prompts, so the text tower runs for each of them. Keep"
+            " the adapter folder, which 'adaptkit predict' reads, or train coop or kgcoop, which fold to a matrix."
+        )
 
     def _images_at_once(self) -> int:
         """How many images' prompts go through the text tower together; of one that is too large it makes chunks."""

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from adaptkit.backbones.tower import ImageTower, TextTower
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig
+from adaptkit.methods.folding import EditedTower
 from adaptkit.methods.prompts._deep import (
     check_count,
     check_depth,
     deeper_prompts,
     first_context,
+    image_edits,
     prompted_image,
     prompted_text,
     reference_name,
@@ -131,6 +133,11 @@ class IVLP(ClassWeightMethod, GradientMethod):
         """
         features = self.encode_image(inputs) if features is None else features
         return self.cosine_logits(features, self.folded_weights() if weights is None else weights)
+
+    def fold_tower(self) -> nn.Module | None:
+        if not self.config.prompts_images:
+            return None
+        return EditedTower(self.image_tower(), image_edits(list(self.image_prompts)))
 
     def losses(self, inputs: Tensor, labels: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
         features = None if self.config.prompts_images else frozen

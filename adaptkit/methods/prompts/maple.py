@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_linear
+from adaptkit.methods.folding import EditedTower
 from adaptkit.methods.prompts._deep import (
     check_count,
     check_depth,
     deeper_prompts,
     first_context,
+    image_edits,
     prompted_image,
     prompted_text,
 )
@@ -92,6 +94,9 @@ class MaPLe(ClassWeightMethod, GradientMethod):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(self.encode_image(inputs), self.folded_weights())
+
+    def fold_tower(self) -> EditedTower:
+        return EditedTower(open_image(self.backbone, "MaPLe"), image_edits(self.image_prompts()))
 
     def reference_key(self, key: str) -> str:
         kind, index, *rest = key.split(".")  # "contexts.3", "couplings.3.weight"

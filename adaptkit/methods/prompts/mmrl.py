@@ -26,16 +26,19 @@ from adaptkit.backbones.tower import ImageTower, TextState
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_normal
+from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.methods.prompts._deep import check_count
 from adaptkit.methods.prompts._representation import (
     FIRST,
     SHARED_TOKENS,
+    ReadOut,
     ResidualMaps,
     SeparateMaps,
     entry,
     mapped_layers,
     open_class_token_image,
     open_started_text,
+    second_projection,
     template_rows,
     token_edits,
     token_layers,
@@ -142,10 +145,8 @@ class MMRL(ClassWeightMethod, GradientMethod):
 
     @property
     def branch(self) -> Branch:
-        """Which logits `forward` gives. "by-classes": fused where all current classes were fitted, else "class".
-
-        A protocol that tests fitted names on other data (shifted versions of ImageNet) sets "class".
-        """
+        """Which logits `forward` gives. "by-classes": fused where all current classes were fitted and the images are
+        those of the dataset fitted on, else "class": also for the same names on shifted images."""
         return self._branch
 
     @branch.setter
@@ -236,7 +237,7 @@ class MMRL(ClassWeightMethod, GradientMethod):
     def answers_fused(self) -> bool:
         """Whether `forward` gives the fused logits for the current classes."""
         if self.branch == "by-classes":
-            return set(self.class_names) <= set(self.fitted_names)
+            return self.other is None and set(self.class_names) <= set(self.fitted_names)
         return self.branch == "fused"
 
     def forward(self, inputs: Tensor, branches: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -245,6 +246,19 @@ class MMRL(ClassWeightMethod, GradientMethod):
             return self._scaled_cosine(self.encode_image(inputs), self.folded_weights())  # one token to read
         branches = self.branch_logits(inputs) if branches is None else branches
         return branches["fused" if self.answers_fused() else "class"]
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        return self.config.scale, 0.0
+
+    def fold(self) -> Fold:
+        """Both features mixed before the matrix: alpha · s·cosine + (1 - alpha) · s·cosine' is one product."""
+        edits = token_edits(self.image_maps(self.tokens), self._image_layers, self.share)
+        scale, _ = self.scale_and_bias()
+        if not self.answers_fused():
+            return Fold(MatrixHead(self.folded_weights(), scale=scale), ReadOut(self._image, edits))
+        second = second_projection(self.project, self._image.width, self.backbone.device)
+        tower = ReadOut(self._image, edits, second, tokens=self.config.num_tokens, alpha=self.config.alpha)
+        return Fold(MatrixHead(self.folded_weights(), scale=scale, normalise=False), tower)
 
     def prepare(self, task: FitTask) -> None:
         self.zero_shot()  # before the loop, whose autocast would make anchors in half precision

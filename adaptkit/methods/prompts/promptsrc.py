@@ -29,7 +29,8 @@ from adaptkit.errors import AdapterError, BackboneError, ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods._imagenet_templates import IMAGENET_TEMPLATES
 from adaptkit.methods.base import render_prompts
-from adaptkit.methods.prompts._deep import prompted_image
+from adaptkit.methods.folding import EditedTower
+from adaptkit.methods.prompts._deep import image_edits, prompted_image
 from adaptkit.methods.prompts._layout import open_image
 from adaptkit.methods.prompts.ivlp import IVLP, IVLPConfig
 from adaptkit.types import FitTask, TrainingSettings
@@ -290,6 +291,11 @@ class PromptSRC(IVLP):
         if self._rounded_towers() is None:
             return super().encode_image(pixels)
         return prompted_image(self.image_tower(), pixels, list(self.image_prompts))
+
+    def fold_tower(self) -> nn.Module | None:
+        if self._rounded_towers() is None:
+            return super().fold_tower()
+        return EditedTower(self.image_tower(), image_edits(list(self.image_prompts)))
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig
+from adaptkit.methods.folding import EditedTower
 from adaptkit.methods.prompts._deep import (
     check_count,
     check_depth,
     deeper_prompts,
+    image_edits,
     prompted_image,
     reference_name,
     reference_sizes,
@@ -56,6 +58,7 @@ class VPT(ClassWeightMethod, GradientMethod):
     config: VPTConfig
     reads: ClassVar[Reads] = "images"
     # no official few-shot setting exists (sheet); this is the base-to-novel one
+    fixed_templates = True
     default_training = TrainingSettings(epochs=5, batch_size=4, lr=2.5e-3, views=4)
 
     def build(self) -> None:
@@ -77,6 +80,9 @@ class VPT(ClassWeightMethod, GradientMethod):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.cosine_logits(self.encode_image(inputs), self.folded_weights())
+
+    def fold_tower(self) -> EditedTower:
+        return EditedTower(open_image(self.backbone, "VPT"), image_edits(list(self.prompts)))
 
     def reference_key(self, key: str) -> str:
         return reference_name("image", int(key.split(".")[1]))  # "prompts.3"
