@@ -89,16 +89,16 @@ def _all_datasets(as_json: bool) -> None:
     from adaptkit.data.synthetic import SUMMARIES
 
     columns = ["name", "group", "classes", "train", "val", "test"]
-    known = [[each.name, each.group, each.classes, *each.sizes] for each in CATALOGUE.values()]
+    known = [(each.name, each.group, (each.classes, *each.sizes)) for each in CATALOGUE.values()]
     if as_json:
-        embedded = [{"name": name, "group": "embedded", "what": text} for name, text in SUMMARIES.items()]
-        return console.print_json(embedded + [dict(zip(columns, row, strict=True)) for row in known])
+        rows: list[dict[str, Any]] = [
+            {"name": key, "group": "embedded", "what": text} for key, text in SUMMARIES.items()
+        ]
+        rows += [dict(zip(columns, (name, group, *sizes), strict=True)) for name, group, sizes in known]
+        return console.print_json(rows)
     _print("Embedded datasets", ["name", "what"], [list(pair) for pair in SUMMARIES.items()], False)
-    rows = [
-        [each.name, each.group, *(console.count(size) if size else "" for size in (each.classes, *each.sizes))]
-        for each in CATALOGUE.values()
-    ]
-    return console.print_table("Known datasets, images per split", columns, rows, left=["name", "group"],
+    cells = [[name, group, *(console.count(size) if size else "" for size in sizes)] for name, group, sizes in known]
+    return console.print_table("Known datasets, images per split", columns, cells, left=["name", "group"],
                                note="adaptkit list datasets NAME: all about one. adaptkit data prepare NAME: get it."
                                " Folders of class folders, CSVs and split JSONs are accepted too.")  # fmt: skip
 

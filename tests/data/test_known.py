@@ -462,13 +462,15 @@ def published(name):
     return json.loads((Path(folder) / CATALOGUE[name].json).read_text())
 
 
-def official_files(name, root, content):
-    """The index files a published split was made of, rebuilt from it; its images, empty."""
+def official_files(name, root, content, monkeypatch):
+    """The index files a published split was made of, rebuilt from it; class folders are listed, not made."""
     known = CATALOGUE[name]
-    images, folder = root / known.layouts[0].image_path, root / known.layouts[0].folder
-    for path in {path for triples in content.values() for path, _, _ in triples}:
-        (images / path).parent.mkdir(parents=True, exist_ok=True)
-        (images / path).touch()
+    folder = root / known.layouts[0].folder
+    (root / known.layouts[0].image_path).mkdir(parents=True)
+    by_class = {}
+    for path in sorted(path for triples in content.values() for path, _, _ in triples):
+        by_class.setdefault(path.rpartition("/")[0], []).append(path.rpartition("/")[2])
+    monkeypatch.setattr("adaptkit.data.readers.class_folders", lambda path, needs_images: (by_class, []))
     train, test = content["train"] + content["val"], content["test"]
     if name == "oxford_pets":
         for file, triples in (("trainval", train), ("test", test)):
@@ -484,10 +486,10 @@ def official_files(name, root, content):
             write(lists / file, "\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("name", ["caltech101", "dtd", "oxford_pets", "ucf101"])
-def test_own_splits_have_the_published_classes_and_sizes(name, tmp_path):
+@pytest.mark.parametrize("name", ["caltech101", "dtd", "eurosat", "oxford_pets", "ucf101"])
+def test_own_splits_have_the_published_classes_and_sizes(name, tmp_path, monkeypatch):
     content = published(name)
-    official_files(name, tmp_path, content)
+    official_files(name, tmp_path, content, monkeypatch)
     own = load_dataset(name, data_root=tmp_path, own_split=True)
     wanted = {(path, label) for triples in content.values() for path, label, _ in triples}
     held = {pair for split in own.splits.values() for pair in zip(split.ids, split.labels.tolist(), strict=True)}
