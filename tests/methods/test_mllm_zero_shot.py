@@ -245,6 +245,7 @@ def test_unanswered_images_are_counted_wrong():
     assert (metrics.correct, metrics.total) == (1, 3)
     assert np.isnan(logits[1]).all()
     assert counted_wrong(filled, labels)[0] is filled
+    assert counted_wrong(np.array([[np.nan]]), np.array([0]))[0].tolist() == [[0.0]]
 
 
 # --- questions and refusals -------------------------------------------------------------------------------------------
