@@ -16,8 +16,9 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
-from adaptkit.errors import ConfigError
+from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods.base import Method
+from adaptkit.methods.folding import Fold
 from adaptkit.types import NovelClasses, Reads
 
 QUESTION = "What {noun} is shown in the image? Answer with its name only."
@@ -41,6 +42,12 @@ class AskingMethod(Method):
             self.placeholders = self.features(self.blank_images()[:1]).counts[0]
         self._trie_memo: tuple[Any, Trie] | None = None
         self._word_memo: dict[tuple[str, ...], tuple[Trie, list[int]]] = {}
+
+    def fold(self) -> Fold:
+        raise UnsupportedError(
+            f"{self.name} can't be folded: the language model reads every image. Keep the adapter folder, which"
+            " 'adaptkit predict' reads, or put a method on features on this backbone."
+        )
 
     @property
     def mllm(self) -> MLLM:
