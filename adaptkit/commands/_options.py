@@ -81,8 +81,8 @@ log_options = apply(
             "--log",
             multiple=True,
             type=click.Choice(["tensorboard", "wandb", "mlflow"]),
-            help="Follow runs there (pip install 'adaptkit[tensorboard]', …); repeat for several. What goes wrong with it"
-            " is a note, and the run goes on. WANDB_MODE, MLFLOW_TRACKING_URI and the like are heeded.",
+            help="Follow runs there (pip install 'adaptkit[tensorboard]', …); repeat for several. What goes wrong"
+            " with it is a note, and the run goes on. WANDB_MODE, MLFLOW_TRACKING_URI and the like are heeded.",
         ),
         click.option(
             "--log-dir",

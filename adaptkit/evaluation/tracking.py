@@ -1,7 +1,7 @@
 """Runs followed in TensorBoard, Weights & Biases or MLflow, through accelerate's trackers; no run depends on one.
 
-A tracker is talked to in a thread of its own, so that a slow one holds nothing up; the first thing that goes wrong with
-it is kept as a note, and it is left alone from then on.
+A tracker is talked to in a thread of its own, every few seconds, so that a slow one holds nothing up; the first thing
+that goes wrong with it is kept as a note, and it is left alone from then on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
     from adaptkit.evaluation.results import RunResult
 
 Values = dict[str, Any]
+Steps = list[tuple[int, dict[str, float]]]
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 _PROJECT = "adaptkit"
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _MLFLOW_RETRIES = "2"  # a server that isn't there is given up after seconds; by itself mlflow tries for minutes
+_MLFLOW_BATCH = 1000  # figures that a server takes at once
+_SECONDS_BETWEEN = 2.0  # epochs may take milliseconds, and a thread that writes all the time slows the others
 _LONGEST_NOTE = 300
 
 
@@ -67,6 +71,8 @@ class Trackers:
         check_trackers(names)
         self._workers = [_Worker(name, folder.absolute()) for name in names]
         self._method, self._epochs = "", 0
+        self._waiting: Steps = []
+        self._sent = -math.inf
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,34 +86,43 @@ class Trackers:
 
     def begin(self, plan: RunPlan) -> None:
         """A run starts: its key and settings are logged."""
-        self._method, self._epochs = plan.method, 0
+        self._send()  # of a run that failed
+        self._method, self._epochs, self._sent = plan.method, 0, -math.inf
         key = plan.key
         parts = (key.method, Path(key.dataset).name, key.protocol, f"{key.shots}shots", f"seed{key.seed}")
         name = _plain("-".join((*parts, time.strftime("%Y%m%d-%H%M%S"))))
         for worker in self._workers:
-            worker.put(lambda worker=worker: worker.begin(name, config_of(plan)))
+            worker.put(partial(worker.begin, name, config_of(plan)))
 
     def epoch(self, method: str, numbers: Mapping[str, float]) -> None:
         """An epoch is over; an `EpochCallback`. Epochs of a method that is fitted first stand under its name."""
         self._epochs += 1
         where = "train" if method == self._method else f"train/{method}"
         self._log({f"{where}/{name}": value for name, value in numbers.items()})
+        if time.monotonic() - self._sent > _SECONDS_BETWEEN:
+            self._send()
 
     def end(self, result: RunResult) -> None:
         """A run is over: what came out is logged."""
         self._log(numbers_of(result))
+        self._send()
         for worker in self._workers:
             worker.put(worker.finish)
 
     def close(self, seconds: float) -> tuple[str, ...]:
         """Wait for all that was logged to be written, at most so long; the names of those that need longer."""
+        self._send()
         until = time.monotonic() + seconds
         return tuple(worker.name for worker in self._workers if not worker.close(until - time.monotonic()))
 
-    def _log(self, values: Values) -> None:
-        finite, step = {_plain(key): value for key, value in values.items() if math.isfinite(value)}, self._epochs
-        for worker in self._workers:
-            worker.put(lambda worker=worker: worker.log(finite, step))
+    def _log(self, values: Mapping[str, float]) -> None:
+        finite = {_plain(key): value for key, value in values.items() if math.isfinite(value)}
+        self._waiting.append((self._epochs, finite))
+
+    def _send(self) -> None:
+        steps, self._waiting, self._sent = self._waiting, [], time.monotonic()
+        for worker in self._workers if steps else ():
+            worker.put(partial(worker.log, steps))
 
 
 class _Worker:
@@ -136,8 +151,12 @@ class _Worker:
         self._tracker = tracker
         tracker.store_init_configuration(config)
 
-    def log(self, values: Values, step: int) -> None:
-        self._tracker.log(values, step=step)
+    def log(self, steps: Steps) -> None:
+        if self.name == "mlflow":
+            _log_to_mlflow(self._tracker, steps)
+            return
+        for step, values in steps:
+            self._tracker.log(values, step=step)
 
     def finish(self) -> None:
         if self._tracker is not None:
@@ -205,6 +224,17 @@ def _mlflow(name: str, folder: Path) -> Any:
     mlflow.set_tracking_uri(elsewhere or _mlflow_store(folder))
     artifacts = None if elsewhere else (folder / "mlartifacts").as_uri()
     return MLflowTracker(_PROJECT, run_name=name, logging_dir=artifacts)
+
+
+def _log_to_mlflow(tracker: Any, steps: Steps) -> None:
+    """All steps in one transaction: accelerate writes them one by one, which takes mlflow 25 ms each."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    now = int(1000 * time.time())
+    metrics = [Metric(name, value, now, step) for step, values in steps for name, value in values.items()]
+    for first in range(0, len(metrics), _MLFLOW_BATCH):
+        MlflowClient().log_batch(tracker.tracker.info.run_id, metrics=metrics[first : first + _MLFLOW_BATCH])
 
 
 def _mlflow_store(folder: Path) -> str:

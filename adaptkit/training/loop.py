@@ -305,9 +305,12 @@ class _Run:
         loss, accuracy = sum(self.last_terms.values()), tally.accuracy()
         self.history.append((loss, accuracy, rate))
         if self.on_epoch is not None:
-            terms = {f"loss/{name}": value for name, value in self.last_terms.items() if len(self.last_terms) > 1}
-            known = {} if accuracy is None else {"accuracy": accuracy}
-            self.on_epoch(self.method.name, {"loss": loss, **known, "learning_rate": rate, **terms})
+            numbers = {"loss": loss, "learning_rate": rate}
+            if accuracy is not None:
+                numbers["accuracy"] = accuracy
+            if len(self.last_terms) > 1:
+                numbers |= {f"loss/{name}": share for name, share in self.last_terms.items()}
+            self.on_epoch(self.method.name, numbers)
         self.method.after_epoch(epoch, self.settings.epochs)
 
     def _step(
