@@ -147,3 +147,6 @@ class TrainingLoop(Protocol):
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as (what, done, total) by anything that may take over two seconds."""
+
+EpochCallback = Callable[[str, Mapping[str, float]], None]
+"""Called after every epoch as (method, its numbers: loss, learning_rate, accuracy where known, terms of the loss)."""

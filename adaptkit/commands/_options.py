@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -71,6 +72,22 @@ engine_options = apply(
         ),
         click.option(
             "--cache", type=click.Path(file_okay=False), help="Folder of stored features [default: adaptkit's]."
+        ),
+    ]
+)
+log_options = apply(
+    [
+        click.option(
+            "--log",
+            multiple=True,
+            type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+            help="Follow runs there (pip install 'adaptkit[tensorboard]', …); repeat for several. What goes wrong"
+            " with it is a note, and the run goes on. WANDB_MODE, MLFLOW_TRACKING_URI and the like are heeded.",
+        ),
+        click.option(
+            "--log-dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder of what is logged [default: logs in the folder that holds the runs].",
         ),
     ]
 )

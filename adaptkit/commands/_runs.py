@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from adaptkit.errors import StorageError
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
     from adaptkit.evaluation.results import RunResult
+    from adaptkit.evaluation.tracking import Trackers
+
+
+_SOON, _AT_LAST = 2.0, 120.0  # seconds that trackers get to write what is left
 
 
 def check_out(folder: Path) -> None:
@@ -26,8 +31,12 @@ def check_out(folder: Path) -> None:
     check_writable(folder)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--out") -> None:
     """Refuse a folder below something that can't be written to.
+
+    Args:
+        folder: There already or not.
+        option: Which one names it.
 
     Raises:
         StorageError: A part of the path is a file, or permission is denied.
@@ -38,9 +47,39 @@ def check_writable(folder: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise StorageError(f"{folder} can't be written: {parent} is a file, not a folder. Choose another --out.")
+        raise StorageError(f"{folder} can't be written: {parent} is a file, not a folder. Choose another {option}.")
     if not os.access(parent, os.W_OK):
-        raise StorageError(f"{folder} can't be written: permission is denied in {parent}. Choose another --out.")
+        raise StorageError(f"{folder} can't be written: permission is denied in {parent}. Choose another {option}.")
+
+
+@contextmanager
+def tracking(names: Sequence[str], folder: Path) -> Iterator[Trackers]:
+    """Trackers for the runs of the block; how to look at them is said first, and what went wrong with them last.
+
+    Raises:
+        ConfigError: One isn't installed.
+        StorageError: The folder can't be written.
+    """
+    from adaptkit.evaluation.tracking import Trackers, check_trackers
+
+    check_trackers(names)
+    if names:
+        check_writable(folder, "--log-dir")
+    trackers = Trackers(names, folder)
+    for hint in trackers.hints:
+        console.say(f"Follow with: {hint}")
+    early = trackers.notes
+    for note in early:
+        console.say(f"note: {note}")
+    try:
+        yield trackers
+    finally:
+        if late := trackers.close(_SOON):
+            console.say(f"Waiting for {', '.join(late)} to take what is left (Ctrl-C leaves it) …")
+            late = trackers.close(_AT_LAST)
+        unfinished = [f"{name} didn't finish in time: its log may be incomplete" for name in late]
+        for note in (*(note for note in trackers.notes if note not in early), *unfinished):
+            console.say(f"note: {note}")
 
 
 def adapter_folder(path: Path) -> Path:

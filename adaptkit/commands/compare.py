@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
     from adaptkit.data.splits import Dataset
     from adaptkit.evaluation.results import RunKey, RunResult
+    from adaptkit.evaluation.tracking import Trackers
     from adaptkit.types import ProgressCallback
 
 FAST_METHODS = (
@@ -55,6 +56,7 @@ BEST = "best"
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report of it: one page.")
+@_options.log_options
 @_options.json_option
 def command(
     options: TaskOptions,
@@ -63,6 +65,8 @@ def command(
     out: Path | None,
     overwrite: bool,
     html: Path | None,
+    log: tuple[str, ...],
+    log_dir: Path | None,
     as_json: bool,
 ) -> None:
     """Which method for my images? Runs several on one task from one pass over the images, and ranks them.
@@ -74,6 +78,7 @@ def command(
     Examples:
       adaptkit compare my_photos --shots 4
       adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,coop,maple
+      adaptkit compare digits --methods coop,maple --log tensorboard --log mlflow
     """
     from adaptkit.methods import methods
 
@@ -83,8 +88,9 @@ def command(
     for folder in (target, *([html.parent] if html else [])):
         _runs.check_writable(folder)
 
-    with console.progress_bars(not as_json) as progress:
-        results = run_all(options, names, overrides, target, overwrite, progress)
+    logs = log_dir or target / "logs"
+    with _runs.tracking(log, logs) as trackers, console.progress_bars(not as_json) as progress:
+        results = run_all(options, names, overrides, target, overwrite, progress, trackers)
         if html:
             write_page(html, target, results, progress)
     ranked = rank(results)
@@ -115,6 +121,7 @@ def run_all(
     target: Path,
     overwrite: bool,
     progress: ProgressCallback,
+    trackers: Trackers,
 ) -> list[RunResult]:
     """Run what isn't done yet; everything is checked before the first method runs."""
     from adaptkit.data.features import FeatureStore
@@ -144,7 +151,11 @@ def run_all(
         if not overwrite and is_done(folder, plan.key):
             results.append(read_run(folder))
             continue
-        outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
+        trackers.begin(plan)
+        outcome = run_method(
+            plan, model, store=store, batch_size=options.batch_size, progress=progress, on_epoch=trackers.epoch
+        )
+        trackers.end(outcome.result)
         write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
         results.append(outcome.result)
         if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, such as training.lr=2e-3.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the result [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
+@_options.log_options
 @_options.json_option
 def command(
     options: TaskOptions,
@@ -29,6 +30,8 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    log: tuple[str, ...],
+    log_dir: Path | None,
     as_json: bool,
 ) -> None:
     """Fit one method on a few shots of a dataset, test it, and write result, predictions and adapter.
@@ -38,6 +41,7 @@ def command(
       adaptkit run --method coop --dataset digits --protocol base-to-novel --shots 16
       adaptkit run my_photos --method tip-adapter --shots 4 --backbone ViT-B-16/openai
       adaptkit run shapes --method coop --protocol cross-dataset --targets textures,digits
+      adaptkit run digits --method coop --log tensorboard
     """
     from adaptkit.methods import methods
 
@@ -53,13 +57,18 @@ def command(
     from adaptkit.evaluation.stored import backbone_for
     from adaptkit.evaluation.tasks import load_task
 
-    with console.progress_bars(not as_json) as progress:
+    logs = log_dir or target.parent / "logs"
+    with _runs.tracking(log, logs) as trackers, console.progress_bars(not as_json) as progress:
         task = load_task(options.task, progress)
         model = backbone_for(task.dataset, options.backbone, device=options.device)
         plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
         store = FeatureStore(options.cache)
-        outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
-    write_run(target, outcome.result, outcome.predictions, outcome.model, overwrite=overwrite)
+        trackers.begin(plan)
+        outcome = run_method(
+            plan, model, store=store, batch_size=options.batch_size, progress=progress, on_epoch=trackers.epoch
+        )
+        trackers.end(outcome.result)
+        write_run(target, outcome.result, outcome.predictions, outcome.model, overwrite=overwrite)
     result = outcome.result
     if as_json:
         console.print_json({**_runs.summary(result), "folder": str(target)})

@@ -36,7 +36,7 @@ from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method, check_novel
 from adaptkit.storage import digest_json
 from adaptkit.training.loop import fit_method
-from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
+from adaptkit.types import EpochCallback, FitTask, Inputs, ProgressCallback, TrainingSettings
 
 _TEST_BATCH = 256
 
@@ -248,6 +248,7 @@ def run_method(
     store: FeatureStore | None = None,
     batch_size: int = 64,
     progress: ProgressCallback | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> RunOutcome:
     """Fit a method on a task and test it.
 
@@ -259,8 +260,9 @@ def run_method(
         store: Where frozen features are kept; None for the default store.
         batch_size: Images encoded at once.
         progress: Called as (what, done, total).
+        on_epoch: Called after every epoch of a method trained by gradients.
     """
-    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress)
+    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AdaptKitWarning)
         method = run.fit()
@@ -281,9 +283,10 @@ class _Run:
         store: FeatureStore,
         batch_size: int,
         progress: ProgressCallback | None,
+        on_epoch: EpochCallback | None = None,
     ) -> None:
         self.plan, self.backbone, self.store = plan, backbone, store
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.progress, self.on_epoch = batch_size, progress, on_epoch
         self.precision: Precision = plan.key.settings["precision"]
         self.seconds: dict[str, float] = {}
         self.encoded_before = store.encoded
@@ -313,7 +316,7 @@ class _Run:
         self._timed("features", began)
         began = time.perf_counter()
         fit_task = FitTask(task.class_names, train, val, task.seed, frozen)
-        self.report = fit_method(method, fit_task, resolved.training, self.progress)
+        self.report = fit_method(method, fit_task, resolved.training, self.progress, self.on_epoch)
         self._timed("fit", began)
         return method
 

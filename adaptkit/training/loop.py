@@ -22,7 +22,7 @@ from adaptkit.errors import ConfigError, DataError, TrainingError
 from adaptkit.methods.base import GradientMethod, Method, ParameterGroup, require_finite, total_loss
 from adaptkit.training.schedule import SCHEDULES, learning_rate
 from adaptkit.training.seeding import generator, seeded
-from adaptkit.types import FitTask, Inputs, ProgressCallback, TensorInputs, TrainingSettings
+from adaptkit.types import EpochCallback, FitTask, Inputs, ProgressCallback, TensorInputs, TrainingSettings
 
 _PROGRESS_SECONDS = 0.2  # a terminal needs no more than five updates a second
 _FIRST_LOSS_SCALE = 2.0**10  # torch starts at 2¹⁶ and skips steps until it fits; few shots have no steps to spare
@@ -33,6 +33,7 @@ def fit_method(
     task: FitTask,
     settings: TrainingSettings | None = None,
     progress: ProgressCallback | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> dict[str, Any]:
     """Fit any method on a task, in place; returns the facts of the fit. Inputs that aren't finite are refused here.
 
@@ -41,6 +42,7 @@ def fit_method(
         task: The few shots.
         settings: Of the gradient loop; None for the method's own defaults. Methods without gradients ignore them.
         progress: Called as training goes on.
+        on_epoch: Called after every epoch of the gradient loop.
     """
     if method.fitted_names != tuple(task.class_names):
         raise DataError(f"{method.name} was made for other classes than the task's: make it with the task's names.")
@@ -49,7 +51,7 @@ def fit_method(
             for values in inputs.values:
                 require_finite(values, what)
     method.set_classes(method.fitted_names)
-    return method.fit(task, GradientLoop(settings or method.default_training or TrainingSettings(), progress))
+    return method.fit(task, GradientLoop(settings or method.default_training or TrainingSettings(), progress, on_epoch))
 
 
 class GradientLoop:
@@ -58,16 +60,22 @@ class GradientLoop:
     Args:
         settings: Epochs, batches, optimiser, schedule, precision.
         progress: Called as (what, steps done, steps in all), a few times a second.
+        on_epoch: Called after every epoch, with its numbers.
     """
 
-    def __init__(self, settings: TrainingSettings | None = None, progress: ProgressCallback | None = None) -> None:
+    def __init__(
+        self,
+        settings: TrainingSettings | None = None,
+        progress: ProgressCallback | None = None,
+        on_epoch: EpochCallback | None = None,
+    ) -> None:
         self.settings = settings or TrainingSettings()
-        self.progress = progress
+        self.progress, self.on_epoch = progress, on_epoch
         check_settings(self.settings)
 
     def with_settings(self, settings: TrainingSettings) -> GradientLoop:
         """The same loop under other settings."""
-        return GradientLoop(settings, self.progress)
+        return GradientLoop(settings, self.progress, self.on_epoch)
 
     def __call__(self, method: GradientMethod, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place.
@@ -84,7 +92,7 @@ class GradientLoop:
             TrainingError: The loss isn't finite, there is nothing to train, or the backbone was changed.
         """
         _check_task(task)
-        run = _Run(method, task, self.settings, self.progress)
+        run = _Run(method, task, self.settings, self.progress, self.on_epoch)
         watch = _FrozenWatch(method.backbone)
         started = time.perf_counter()
         interrupted = False
@@ -227,9 +235,14 @@ class _Run:
     """One training: what its steps share."""
 
     def __init__(
-        self, method: GradientMethod, task: FitTask, settings: TrainingSettings, progress: ProgressCallback | None
+        self,
+        method: GradientMethod,
+        task: FitTask,
+        settings: TrainingSettings,
+        progress: ProgressCallback | None,
+        on_epoch: EpochCallback | None,
     ) -> None:
-        self.method, self.inputs, self.progress = method, task.train, progress
+        self.method, self.inputs, self.progress, self.on_epoch = method, task.train, progress, on_epoch
         self.frozen = task.frozen if method.wants_frozen else None
         self.device = method.backbone.device
         self.labels = task.train.labels.to(self.device)
@@ -289,7 +302,15 @@ class _Run:
             self.steps += 1
             self._show(tally, epoch, rate, done=step == len(batches) - 1)
         self.last_terms = tally.means()
-        self.history.append((sum(self.last_terms.values()), tally.accuracy(), rate))
+        loss, accuracy = sum(self.last_terms.values()), tally.accuracy()
+        self.history.append((loss, accuracy, rate))
+        if self.on_epoch is not None:
+            numbers = {"loss": loss, "learning_rate": rate}
+            if accuracy is not None:
+                numbers["accuracy"] = accuracy
+            if len(self.last_terms) > 1:
+                numbers |= {f"loss/{name}": share for name, share in self.last_terms.items()}
+            self.on_epoch(self.method.name, numbers)
         self.method.after_epoch(epoch, self.settings.epochs)
 
     def _step(

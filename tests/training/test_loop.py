@@ -182,9 +182,16 @@ def test_terms_are_summed_and_reported(backbone, task):
         def losses(self, inputs, labels):
             return {**super().losses(inputs, labels), "extra": inputs.new_tensor(2.0)}
 
-    report = GradientLoop(QUICK)(TwoTerms(backbone, NAMES), task)
+    epochs = []
+    loop = GradientLoop(on_epoch=lambda *told: epochs.append(told)).with_settings(QUICK)
+    report = loop(TwoTerms(backbone, NAMES), task)
     assert report["loss_terms"]["extra"] == pytest.approx(2.0)
     assert report["losses"][-1] == pytest.approx(sum(report["loss_terms"].values()))
+    assert [name for name, _ in epochs] == ["clip-adapter"] * 3
+    for told, report_name in (("loss", "losses"), ("accuracy", "accuracies"), ("learning_rate", "learning_rates")):
+        assert [numbers[told] for _, numbers in epochs] == report[report_name]
+    last = epochs[-1][1]
+    assert {key[5:]: value for key, value in last.items() if key.startswith("loss/")} == report["loss_terms"]
 
 
 # --- stopping and refusing --------------------------------------------------------------------------------------------
