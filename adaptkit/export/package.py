@@ -248,6 +248,7 @@ def _readme(model: AdaptedModel, format: Format, labels: Sequence[Any], report: 
         "## How near it is to the adapter",
         "",
         *_parity_lines(report),
+        *(["", f"`{formats.INT8_FILE}` is run in the same way."] if formats.INT8_FILE in report["models"] else []),
         "",
         f"All of it is in `{PARITY_FILE}`. `labels.json` has the classes in the order of the logits,"
         " `preprocessing.json` what is done to an image first.",

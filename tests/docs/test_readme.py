@@ -18,7 +18,9 @@ from tests.cli.test_describe import save_model
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
-    set(re.findall(r"`(adaptkit (?:describe|run|compare|predict|import|explain|list|data|doctor)[^`]*)`", README))
+    set(
+        re.findall(r"`(adaptkit (?:describe|run|compare|predict|export|import|explain|list|data|doctor)[^`]*)`", README)
+    )
 )
 
 
@@ -66,6 +68,7 @@ def test_command_lines(photos):
         "run": 0,
         "compare": 1,
         "predict": 2,
+        "export": 2,
         "import": 3,
         "explain": 4,
         "list": 5,
