@@ -171,8 +171,10 @@ class AdapterSet:
 
         Raises:
             UnknownNameError: An adapter isn't there; nothing is computed then.
+            DataError: Pixels of another shape.
         """
         asked = None if names is None else _listed(names)
+        self._check(pixels)
         with self._reading(asked) as entries:
             chosen = {name: entries[name] for name in (entries if asked is None else asked)}
             features: Tensor | None = None
@@ -200,9 +202,10 @@ class AdapterSet:
 
         Raises:
             UnknownNameError: An adapter isn't there; nothing is computed then.
-            DataError: Images and names differ in number.
+            DataError: Pixels of another shape, or images and names that differ in number.
         """
         asked = _listed(names)
+        self._check(pixels)
         if len(asked) != len(pixels):
             raise DataError(f"There are {len(pixels)} images, but {len(asked)} adapters: name one for each image.")
         answers: list[Tensor] = [pixels] * len(asked)  # each is overwritten below
@@ -213,6 +216,14 @@ class AdapterSet:
                     for place, row in zip(places, logits, strict=True):
                         answers[rows[place]] = row
         return answers
+
+    def _check(self, pixels: Tensor) -> None:
+        side = self.backbone.spec.preprocessing.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
+            raise DataError(
+                f"The pixels have shape {list(pixels.shape)} and type {pixels.dtype}; preprocessed ones of shape"
+                f" [batch, 3, {side}, {side}] are accepted (adaptkit.data.transforms.to_pixels makes them)."
+            )
 
     def _groups(
         self, pixels: Tensor, entries: Sequence[_Entry]

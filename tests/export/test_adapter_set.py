@@ -132,6 +132,11 @@ def test_what_is_refused(backbone, adapters, models):
         adapters.labels("none")
     with pytest.raises(DataError, match="2 images, but 1 adapters"):
         adapters.route(pixels, ["vpt"])
+    for wrong in (pixels[0], pixels[:, :1], pixels[..., :8], (pixels * 50).to(torch.uint8)):
+        with pytest.raises(DataError, match=r"\[batch, 3, 16, 16\] are accepted"):
+            adapters.ask(wrong)
+    assert adapters.route(pixels[:0], []) == []
+    assert adapters.ask(pixels[:0], ["tip-adapter", "lora-a"])["lora-a"].shape == (0, len(NAMES))
     with pytest.raises(ConfigError, match="named in a list"):
         adapters.ask(pixels, "vpt")
     with pytest.raises(ConfigError, match="at least one letter"):
