@@ -11,6 +11,10 @@ ifneq ($(wildcard $(SHARED)/splits),)
 export ADAPTKIT_SPLITS_DIR ?= $(abspath $(SHARED)/splits)
 export ADAPTKIT_FEATURES_DIR ?= $(abspath $(SHARED)/features)
 endif
+# Whole datasets, where somebody has unpacked the zips beside themselves; the heavier checks run on them.
+ifneq ($(wildcard $(SHARED)/images/eurosat/2750),)
+export ADAPTKIT_DATA_ROOT ?= $(abspath $(SHARED)/images)
+endif
 
 .PHONY: help run test slow check bench setup clean
 
@@ -22,7 +26,7 @@ setup: $(READY)  ## make the virtual environment
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing adaptkit and its dependencies into $(VENV) (about two minutes the first time) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lora,onnx]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lora,quantised,onnx,ray]'
 	@touch $(READY)
 
 run: $(READY)  ## a real few-shot experiment on real images, with the embedded backbone

@@ -19,6 +19,7 @@ from adaptkit.errors import AdaptKitError, ConfigError, MissingPathError
 
 T = TypeVar("T")
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 _MAX_YAML_BYTES = 4 * 2**20
 _MAX_DEPTH = 64  # no settings of ours nest deeper than 4; a hostile file could otherwise exhaust the stack
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -77,7 +78,7 @@ def to_mapping(instance: Any) -> dict[str, Any]:
 
 def describe(cls: type[Any]) -> list[FieldInfo]:
     """Every setting of a dataclass, in order; those of nested dataclasses with dotted names ("train.lr")."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     found: list[FieldInfo] = []
     for field in _init_fields(cls):
         kind = hints[field.name]
@@ -192,7 +193,7 @@ def _build(cls: type[Any], mapping: Any, path: str, problems: list[str], depth: 
     for key in mapping:
         if key not in known:
             problems.append(_unknown_key(f"{path}{'.' if path else ''}{key}", str(key), known))
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: dict[str, Any] = {}
     for field in fields:
         name = f"{path}.{field.name}" if path else field.name
@@ -232,13 +233,13 @@ def _convert(kind: Any, value: Any, depth: int) -> Any:
         raise _WrongValueError("values this deeply nested aren't accepted")
     if kind is Any or kind is object:
         return value
+    if kind in _SCALARS:  # first: results hold thousands of counts
+        return _SCALARS[kind](value)
     origin = typing.get_origin(kind)
     if origin is Literal:
         return _convert_literal(kind, value)
     if origin is Union or origin is types.UnionType:
         return _convert_union(kind, value, depth)
-    if kind in _SCALARS:
-        return _SCALARS[kind](value)
     base = origin or kind
     if base in (tuple, list, Sequence):
         return _convert_sequence(kind, value, depth)
@@ -380,6 +381,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     raise ConfigError(f"A setting holds {type(value).__name__}, which isn't plain data.")
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Types by field; kept, since evaluating the annotations takes longer than reading a result otherwise."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _init_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:

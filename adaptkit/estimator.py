@@ -32,7 +32,13 @@ from adaptkit.config import to_mapping
 from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
 from adaptkit.data.transforms import augment, to_pixels
-from adaptkit.errors import ConfigError, DataError, MissingPathError, UnsupportedError
+from adaptkit.errors import (
+    AdaptKitWarning,
+    ConfigError,
+    DataError,
+    MissingPathError,
+    UnsupportedError,
+)
 from adaptkit.evaluation.calibration import (
     FEWEST_FOR_TEMPERATURE,
     Calibration,
@@ -264,7 +270,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             inputs = look.view(pictures, batch, 0).to(method.backbone.device)
             with torch.no_grad():
                 parts.append(method(inputs).double().cpu())
-        return torch.cat(parts).numpy()
+        logits = torch.cat(parts)
+        unanswered = logits.isnan().all(dim=1)
+        if bool(unanswered.any()):
+            warnings.warn(
+                f"{method.name} got no answer that names a class for {int(unanswered.sum())} of {len(logits)} images:"
+                " all classes are equally likely there.",
+                AdaptKitWarning,
+                stacklevel=3,
+            )
+        return torch.where(unanswered[:, None], 0.0, logits).numpy()
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
         """Logits [n, classes]; for two classes, as scikit-learn wants it, those of the second minus the first, [n]."""
@@ -693,11 +708,19 @@ class _Look:
         if view == 0:
             return to_pixels(image, preprocessing)
         numbers = generator(self.seed, "view", str(view), pictures.digest(position))
-        settings = self.settings
-        return augment(image, preprocessing, numbers, crop_scale=settings.crop_scale, flip=settings.flip)
+        how = self.settings
+        return augment(
+            image,
+            preprocessing,
+            numbers,
+            crop_scale=how.crop_scale,
+            flip=how.flip,
+            colour_jitter=how.colour_jitter,
+        )
 
     def _key(self, digest: str, view: int) -> tuple[str, ...]:
-        drawn = "" if view == 0 else digest_json([view, self.seed, self.settings.crop_scale, self.settings.flip])
+        how = self.settings
+        drawn = "" if view == 0 else digest_json([view, self.seed, how.crop_scale, how.flip, how.colour_jitter])
         return (self.backbone.spec.digest, self.backbone.device.type, digest, drawn)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file is too large for this file system",
 }
+_BUILDING: set[Path] = set()  # folders that `new_folder` is making in this process
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
@@ -86,9 +88,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            whole = any(path.is_relative_to(folder) for folder in _BUILDING)  # `new_folder` syncs everything at its end
+            if not whole:
+                _sync(temporary)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            if not whole:
+                _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -113,15 +118,16 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             building.mkdir()
+            _BUILDING.add(building)
             yield building
-            for file in building.rglob("*"):
-                if file.is_file():
-                    _sync(file)
+            _sync_below(building)
             _check_replaceable(path, overwrite)  # someone else may have finished first
             _swap_folder(building, path)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
+        finally:
+            _BUILDING.discard(building)
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:
@@ -657,21 +663,57 @@ def file_lock(path: str | Path) -> Iterator[None]:
         os.close(handle)  # also gives the lock back
 
 
-def _lock(handle: int) -> None:
+def try_lock(path: str | Path) -> int | None:
+    """Take an exclusive lock between processes without waiting, and make the file where there is none.
+
+    Returns:
+        The file's descriptor, whose closing gives the lock back (as the holder's death does); None where another holds
+        the lock. Where the file system knows no locks, everyone gets it.
+
+    Raises:
+        StorageError: The file can't be made.
+    """
+    path = Path(path)
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if not _lock(handle, wait=False):
+                    os.close(handle)
+                    return None
+                # a holder may delete its file before it lets go: then what was locked here is nobody's any more
+                if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+            except FileNotFoundError:  # deleted between the two looks
+                pass
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+
+def _lock(handle: int, wait: bool = True) -> bool:
+    """Lock an open file; False where another holds it and there is no waiting."""
     try:
         import fcntl
     except ImportError:  # Windows
         import importlib
 
         windows: Any = importlib.import_module("msvcrt")
-        with contextlib.suppress(OSError):
-            windows.locking(handle, windows.LK_LOCK, 1)
-        return
+        try:
+            windows.locking(handle, windows.LK_LOCK if wait else windows.LK_NBLCK, 1)
+        except OSError:
+            return wait
+        return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
+    return True
 
 
 @contextmanager
@@ -706,6 +748,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_below(folder: Path) -> None:
+    """Sync a folder and all in it, at once: the disk's journal takes them together, in the time of one or two."""
+    found = list(folder.rglob("*"))
+    files = [path for path in found if path.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_sync, files))
+        list(pool.map(_sync_folder, [folder, *(path for path in found if path.is_dir())]))
 
 
 def _sync_folder(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -58,6 +58,21 @@ class TensorInputs:
 
 
 @dataclass(frozen=True)
+class OtherDataset:
+    """What a method is told about classes of a dataset that it wasn't fitted on.
+
+    Args:
+        templates: Zero-shot templates of that dataset; methods with `fixed_templates` keep theirs.
+        descriptions: Sentences by class name.
+        settings: Values of the method's `settable` settings, chosen knowing that dataset: results must say so.
+    """
+
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FitTask:
     """What a method is fitted on. Test data has no place in it.
 
@@ -109,6 +124,10 @@ class TrainingSettings:
     )
     crop_scale: float = field(default=0.08, metadata={"help": "Smallest area share of the random crop."})
     flip: bool = field(default=True, metadata={"help": "Mirror views at random (wrong for digits and letters)."})
+    colour_jitter: float = field(
+        default=0.0,
+        metadata={"help": "Most that brightness, contrast and saturation of views change by; 0: none.", "later": True},
+    )
     precision: Literal["fp32", "bf16", "fp16"] = field(
         default="fp32", metadata={"help": "fp32, or autocast in bf16/fp16 with fp32 weights."}
     )
@@ -118,6 +137,9 @@ class TrainingLoop(Protocol):
     """The gradient loop as a method sees it: `evaluation` hands it to `Method.fit`."""
 
     settings: TrainingSettings
+
+    def with_settings(self, settings: TrainingSettings) -> TrainingLoop:
+        """The same loop under other settings, for a method that fits another one first."""
 
     def __call__(self, method: Any, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place; the report holds losses, steps and whether it was interrupted."""

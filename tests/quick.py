@@ -10,6 +10,7 @@ from pathlib import Path
 from adaptkit.data.splits import Dataset
 from adaptkit.methods import methods
 from adaptkit.methods.base import GradientMethod
+from tests.backbones import tiny_mllm
 
 
 def quick_overrides(name: str) -> list[str]:
@@ -24,8 +25,15 @@ def quick_overrides(name: str) -> list[str]:
         overrides.append("method.epochs=2")  # of a loop of its own
     if "skew" in kind.config_class.__dataclass_fields__:
         overrides.append("method.skew=iid")  # too few classes to be divided among clients
+    if "examples" in kind.config_class.__dataclass_fields__:
+        overrides.append("method.examples=2")  # as fit into a tiny model's context
     searched = [field for field in kind.config_class.__dataclass_fields__ if field.endswith("_steps")]
     return overrides + [f"method.{field}=3" for field in searched]
+
+
+def backbone_words(name: str) -> list[str]:
+    """Words of the command line that choose a backbone for a method that the default one isn't for."""
+    return ["--backbone", f"transformers:{tiny_mllm.save('llava')}"] if methods.get(name).needs_mllm else []
 
 
 def sentences(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,17 @@ class Backbone(nn.Module):
         text_tower: The opened text tower, or None.
         logit_scale: exp of the model's logit scale, a float buffer [] (≈ 100 for OpenAI's CLIP).
         logit_bias: Added to the logits (SigLIP), a float buffer [], 0 for CLIP.
+        own_templates: The only templates that it reads; () for the usual backbone, which reads any.
+        texts_length: The length of its templates' text features where all have the same; else None. Features that were
+            scaled to unit length before they were stored do: divided by it, they are the zero-shot classifier itself.
+            Normalised again, those rounded to half precision would move by 1e-4, which decides near ties.
+        is_mllm: Whether it is a multimodal language model, which can be asked questions.
     """
 
+    is_mllm: ClassVar[bool] = False
     spec: BackboneSpec
+    own_templates: tuple[str, ...] = ()
+    texts_length: float | None = None
     image_tower: ImageTower | None = None
     text_tower: TextTower | None = None
     logit_scale: Tensor
@@ -163,6 +171,11 @@ class Backbone(nn.Module):
                     f" {reason or f'it has no {word} tower'}. Choose a ViT-based CLIP, or a method that works on"
                     " features ('adaptkit list methods' says which)."
                 )
+
+    def big_blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all weights of the linear layers: what can be quantised."""
+        towers = [tower for tower in (self.image_tower, self.text_tower) if tower is not None]
+        return [block for tower in towers for block in tower.blocks]
 
     def freeze(self) -> Backbone:
         """Evaluation mode, no gradients for its own weights; returns itself."""

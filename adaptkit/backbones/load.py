@@ -4,11 +4,13 @@
     ViT-B-16/openai             open_clip's ARCHITECTURE/TAG; ARCHITECTURE/random gives seeded random weights
     hf-hub:ORG/REPO             open_clip's layout on the Hugging Face hub
     local-dir:FOLDER            the same layout in a folder
-    transformers:ID_OR_FOLDER   CLIP, SigLIP, Chinese-CLIP, … and vision-only models of transformers
+    transformers:ID_OR_FOLDER   CLIP, SigLIP, Chinese-CLIP, … and vision-only models of transformers; LLaVA, Qwen-VL and
+                                other multimodal language models
     timm:NAME_OR_FOLDER         image encoders without text
 
-Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes). A bare name
-is never taken for a folder.
+Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes); a multimodal
+language model (`transformers:`) those of its language model, and with @bf16 it is all in half precision. A bare name is
+never taken for a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ from adaptkit.errors import AdaptKitWarning, BackboneError, MissingPathError, Un
 
 if TYPE_CHECKING:
     from adaptkit.backbones.dual_encoder import DualEncoder
+    from adaptkit.backbones.transformers_clip import Weights
 
 SCHEMES = ("hf-hub", "local-dir", "transformers", "timm")
 RANDOM_TAG = "random"
@@ -109,12 +113,12 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     Args:
         name: "mini", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random weights),
             "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with @int8 or
-            @nf4 behind it quantised.
+            @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
         device: Where it shall live.
 
     Returns:
-        The backbone, in evaluation mode, in fp32. `spec.opaque_image` and `spec.opaque_text` say which tower couldn't
-        be opened for methods that reach inside, and why.
+        The backbone, in evaluation mode, in fp32 unless the name says otherwise. `spec.opaque_image` and
+        `spec.opaque_text` say which tower couldn't be opened for methods that reach inside, and why.
 
     Raises:
         UnknownNameError: No such architecture, tag or scheme.
@@ -126,20 +130,32 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         'mini'
     """
     name, quantisation = split_kind(name)
-    parsed = parse_backbone_name(name)
-    loaders: dict[str, Callable[[BackboneName], DualEncoder]] = {
+    plain, half = _split_half(name)
+    parsed = parse_backbone_name(plain)
+    loaders: dict[str, Callable[[BackboneName], Backbone]] = {
         "mini": _load_mini,
         "open_clip": _load_open_clip,
         "hf-hub": _load_open_clip_repository,
         "local-dir": _load_open_clip_repository,
-        "transformers": _load_transformers,
+        "transformers": partial(_load_transformers, half=half, quantised=bool(quantisation)),
         "timm": _load_timm,
     }
     place = _device(device)  # first: loading can take minutes
     if quantisation:
         load_bitsandbytes()  # before what takes minutes
-    backbone = loaders[parsed.scheme](parsed).to(place)
-    return quantise(backbone, quantisation) if quantisation else backbone
+    backbone = loaders[parsed.scheme](parsed)
+    if half and not backbone.is_mllm:
+        raise BackboneError(
+            f"@bf16 is for multimodal language models, and {plain!r} isn't one: leave it off; CLIP-like encoders run in"
+            " half precision with --precision bf16."
+        )
+    return quantise(backbone, quantisation, place) if quantisation else backbone.to(place)
+
+
+def _split_half(name: str) -> tuple[str, bool]:
+    """A name without "@bf16", and whether it had that."""
+    whole = isinstance(name, str) and name.endswith("@bf16") and name != "@bf16"
+    return (name.removesuffix("@bf16"), True) if whole else (name, False)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -271,10 +287,11 @@ def _convert_open_clip(name: str, tokenizer_name: str, make: Callable[[], Any]) 
 # --- the other libraries ----------------------------------------------------------------------------------------------
 
 
-def _load_transformers(name: BackboneName) -> DualEncoder:
+def _load_transformers(name: BackboneName, half: bool, quantised: bool) -> Backbone:
     from adaptkit.backbones.transformers_clip import load_transformers
 
-    return load_transformers(str(name), name.identifier)
+    weights: Weights = "bf16" if half else "own" if quantised else "fp32"
+    return load_transformers(f"{name}@bf16" if half else str(name), name.identifier, weights)
 
 
 def _load_timm(name: BackboneName) -> DualEncoder:

@@ -1,8 +1,9 @@
 """Frozen towers with their big matrices in 8 or 4 bits, by bitsandbytes.
 
 The linear layers of the blocks are quantised: they hold nearly all weights of a tower besides its embeddings, which
-stay in fp32 as norms and the last projection do. A quantised backbone computes other features than the full one, so it
-has a name ("ViT-L-14/openai@nf4") and a digest of its own.
+stay as they are, as norms and the last projection do; of a multimodal model it is those of the language model. A
+quantised backbone computes other features than the full one, so it has a name ("ViT-L-14/openai@nf4") and a digest of
+its own.
 
 Source: LLM.int8() arXiv 2208.07339 ("int8", outliers above 6 stay in half precision); QLoRA arXiv 2305.14314 ("nf4",
 blocks of 64 weights).
@@ -55,48 +56,55 @@ def load_bitsandbytes() -> Any:
         ) from error
 
 
-def quantise(backbone: Backbone, kind: str) -> Backbone:
+def quantise(backbone: Backbone, kind: str, device: str | torch.device | None = None) -> Backbone:
     """Put the block matrices of a freshly loaded backbone's open towers into 8 or 4 bits, in place; returns it.
 
     Args:
-        backbone: On the device where it is to stay.
+        backbone: Freshly loaded.
         kind: "int8" or "nf4".
+        device: Where it is to stay; layers go there one by one, quantised. None for where it is.
 
     Raises:
         UnsupportedError: bitsandbytes is missing.
-        BackboneError: An unknown kind, or no tower that is open.
+        BackboneError: An unknown kind, no tower that is open, or layers whose sizes bitsandbytes doesn't take.
     """
     if kind not in KINDS:
         raise BackboneError(f"Quantisation {kind!r} is unknown: choose {' or '.join(KINDS)}.")
     library = load_bitsandbytes()
-    towers = [tower for tower in (backbone.image_tower, backbone.text_tower) if tower is not None]
-    if not towers:
+    blocks = backbone.big_blocks()
+    if not blocks:
         raise BackboneError(
             f"No tower of {backbone.spec.name!r} can be opened, so there is nothing to quantise: leave @{kind} off."
         )
-    for tower in towers:
-        for block in tower.blocks:
-            for name, layer in list(block.named_modules()):
-                if isinstance(layer, nn.Linear):
-                    parent = block.get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], _quantised(library, layer, kind))
+    place = backbone.device if device is None else torch.device(device)
+    for block in blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                if kind == "nf4" and layer.in_features % _BLOCK:
+                    raise BackboneError(
+                        f"{backbone.spec.name!r} has a layer of {layer.in_features} inputs ({name}), and @nf4 takes"
+                        f" multiples of {_BLOCK}: use @int8, or leave it off."
+                    )
+                parent = block.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], _quantised(library, layer, kind, place))
+    backbone.to(place)
     spec = backbone.spec
     digest = hashlib.sha256(f"{spec.digest}@{kind}".encode()).hexdigest()
     backbone.spec = replace(spec, name=f"{spec.name}@{kind}", digest=digest)
     return backbone.freeze()
 
 
-def _quantised(library: Any, layer: nn.Linear, kind: str) -> nn.Module:
+def _quantised(library: Any, layer: nn.Linear, kind: str, device: torch.device) -> nn.Module:
     sizes = (layer.in_features, layer.out_features, layer.bias is not None)
     new: Any
     with torch.random.fork_rng(devices=()):  # making a layer draws weights that are thrown away
         if kind == "int8":
             new = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=_OUTLIERS)
         else:
-            new = library.nn.Linear4bit(*sizes, torch.float32, compress_statistics=False, quant_type="nf4")
+            new = library.nn.Linear4bit(*sizes, layer.weight.dtype, compress_statistics=False, quant_type="nf4")
             new.support_avx512bf16_for_cpu = False  # it repacks weights for inference, and training can't use them then
     new.load_state_dict({key: value.detach().cpu() for key, value in layer.state_dict().items()})
-    new = new.to(layer.weight.device)  # moving it is what quantises it
+    new = new.to(layer.weight.dtype).to(device)  # moving it is what quantises it
     if kind == "int8":
         new.init_8bit_state()  # else at the first use, which would change a weight that is shared
     done: nn.Module = new

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones.base import Preprocessing
+from adaptkit.backbones.base import Backbone, Preprocessing
 from adaptkit.backbones.building import (
     assemble,
     from_library,
@@ -28,6 +28,7 @@ from adaptkit.backbones.building import (
     triple,
 )
 from adaptkit.backbones.dual_encoder import DualEncoder
+from adaptkit.backbones.mllm.families import FAMILY_OF_TYPE
 from adaptkit.backbones.open_clip import fingerprint
 from adaptkit.backbones.proof import prove
 from adaptkit.backbones.tokenizing import OutsideTokenizer, Pooling
@@ -48,12 +49,17 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def load_transformers(name: str, identifier: str) -> DualEncoder:
-    """Load a model in transformers' layout, from the hub or a folder.
+Weights = Literal["fp32", "bf16", "own"]
+"""The type that weights are loaded in; "own" is the files'."""
+
+
+def load_transformers(name: str, identifier: str, weights: Weights = "fp32") -> Backbone:
+    """Load a model in transformers' layout, from the hub or a folder; image-text-to-text models become an `MLLM`.
 
     Args:
         name: The backbone's full name, for messages and the spec.
         identifier: A hub id, or a folder.
+        weights: Of a multimodal language model; all others are loaded in fp32.
 
     Raises:
         MissingPathError: The identifier looks like a folder, and there is none.
@@ -65,10 +71,15 @@ def load_transformers(name: str, identifier: str) -> DualEncoder:
     config = from_library(name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), "config")
     if config.model_type in MODEL_TYPES:
         return _dual(name, source, config)
+    if config.model_type in FAMILY_OF_TYPE:
+        from adaptkit.backbones.mllm.loading import load_mllm
+
+        return load_mllm(name, source, config, weights)
     if hasattr(config, "text_config"):
         raise BackboneError(
             f"Backbone {name!r} is of the type {config.model_type!r}, which isn't supported. Supported with text:"
-            f" {', '.join(MODEL_TYPES)}; models without text are supported where they give one vector per image."
+            f" {', '.join(MODEL_TYPES)}; multimodal language models: {', '.join(FAMILY_OF_TYPE)}; models without text"
+            " are supported where they give one vector per image."
         )
     from adaptkit.backbones.vision_only import transformers_vision_only
 

@@ -19,9 +19,16 @@ def print_json(content: Any) -> None:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), note: str = ""
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[str] = (),
+    note: str = "",
+    wide: bool = False,
 ) -> None:
-    """A table with right-aligned columns, except those named in `left`."""
+    """A table with right-aligned columns, except those named in `left`; on request as wide as it is, where its reader
+    is no terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,7 +39,10 @@ def print_table(
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: class names may look like rich's markup
-    Console().print(table)
+    out = Console()
+    if wide and not out.is_terminal:
+        out = Console(width=max(out.width, sum(4 + max(map(len, cells)) for cells in zip(columns, *rows, strict=True))))
+    out.print(table)
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
@@ -52,13 +62,22 @@ def progress_bars(shown: bool) -> Iterator[ProgressCallback]:
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     )

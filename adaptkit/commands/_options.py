@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from adaptkit.data.features import Precision
+    from adaptkit.evaluation.tasks import TaskSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,12 +54,8 @@ def one_dataset(argument: str | None, option: str | None) -> str:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
-backbone_option = click.option(
-    "--backbone",
-    default="mini",
-    show_default=True,
-    help="mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:….",
-)
+_BACKBONES = "mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:…."
+backbone_option = click.option("--backbone", default="mini", show_default=True, help=_BACKBONES)
 engine_options = apply(
     [
         device_option,
@@ -77,10 +74,26 @@ engine_options = apply(
         ),
     ]
 )
+data_root_option = click.option(
+    "--data-root",
+    type=click.Path(file_okay=False),
+    help="Folder that holds the datasets' folders [default: $ADAPTKIT_DATA_ROOT].",
+)
+own_split_option = click.option(
+    "--own-split",
+    is_flag=True,
+    help="Give a known dataset a split of ours (noted in results: never comparable with published figures).",
+)
 data_options = apply(
     [
-        click.option("--data-root", type=click.Path(file_okay=False), help="Folder that holds the datasets' folders."),
-        click.option("--template", "templates", multiple=True, help="Prompt with one {}; repeat for an ensemble."),
+        data_root_option,
+        own_split_option,
+        click.option(
+            "--template",
+            "templates",
+            multiple=True,
+            help="Prompt with one {}; repeat for an ensemble, or @FILE with one a line.",
+        ),
         click.option(
             "--sampler",
             default="coop",
@@ -104,12 +117,46 @@ protocol_options = apply(
     [
         click.option(
             "--protocol",
-            type=click.Choice(["few-shot", "base-to-novel"]),
+            type=click.Choice(["few-shot", "base-to-novel", "cross-dataset", "domain-generalisation"]),
             default="few-shot",
             show_default=True,
-            help="few-shot: all classes; base-to-novel: train on half of them, test on both halves.",
+            help="few-shot: all classes; base-to-novel: train on half of them, test on both halves; cross-dataset:"
+            " train once, test on other datasets; domain-generalisation: train once, test on shifted versions.",
         ),
         click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Images per class."),
+        click.option(
+            "--targets",
+            type=NameList(),
+            default=(),
+            help="Datasets to test on without further training, a,b,c [default: the usual ones of imagenet, shapes].",
+        ),
+        click.option(
+            "--masking",
+            type=click.Choice(["logits", "names"]),
+            default="logits",
+            show_default=True,
+            help="How a shifted dataset's candidates are kept to its classes: all logits, the others dropped; or its"
+            " names alone.",
+        ),
+        click.option(
+            "--joint", is_flag=True, help="base-to-novel: all classes are candidates for every image (marked)."
+        ),
+        click.option("--class-split", type=int, metavar="SEED", help="base-to-novel: halves drawn at random (marked)."),
+        click.option(
+            "--class-order",
+            type=click.Path(dir_okay=False),
+            help="base-to-novel: text file of all class names, whose first half is base (marked).",
+        ),
+        click.option(
+            "--base-classes",
+            type=click.Path(dir_okay=False),
+            help="base-to-novel: text file of the base classes' names (marked).",
+        ),
+        click.option(
+            "--novel-classes",
+            type=click.Path(dir_okay=False),
+            help="The same for the novel ones [default: all others].",
+        ),
     ]
 )
 descriptions_options = apply(
@@ -127,8 +174,8 @@ descriptions_options = apply(
 _task_options = apply(
     [
         click.argument("dataset_argument", metavar="[DATASET]", required=False),
-        click.option("--dataset", help="Name, folder of class folders, CSV or split JSON (or as the argument)."),
-        backbone_option,
+        click.option("--dataset", help="Name, folder, CSV, split JSON or features:FILE (or as the argument)."),
+        click.option("--backbone", help=f"{_BACKBONES} [default: mini, or what a file of features holds]"),
         protocol_options,
         click.option("--seed", default=1, show_default=True, help="Seeds the shots, the training, the views."),
         data_options,
@@ -140,21 +187,19 @@ _task_options = apply(
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What `run` and `compare` are told about the task and the machine; the fields are the options' names."""
+    """What `run` and `compare` are told about the task and the machine.
 
-    dataset: str
-    backbone: str
-    protocol: str
-    shots: int
-    seed: int
-    data_root: str | None
-    templates: tuple[str, ...]
-    sampler: str
-    allow_fewer: bool
-    display_names: str | None
-    skip_unreadable: bool
-    descriptions: str | None
-    allow_undescribed: bool
+    Args:
+        task: What to run on.
+        backbone: What to adapt; None for `mini`, or what a file of features holds.
+        device: Where.
+        batch_size: Images encoded at once.
+        precision: Of the frozen image encoder.
+        cache: Folder of stored features; None for the default one.
+    """
+
+    task: TaskSpec
+    backbone: str | None
     device: str
     batch_size: int
     precision: Precision
@@ -167,7 +212,11 @@ def task_options(function: Callable[..., None]) -> Callable[..., None]:
     @_task_options
     @functools.wraps(function)
     def gathered(dataset_argument: str | None, dataset: str | None, **given: Any) -> None:
-        own = {item.name: given.pop(item.name) for item in fields(TaskOptions) if item.name != "dataset"}
-        function(options=TaskOptions(dataset=one_dataset(dataset_argument, dataset), **own), **given)
+        from adaptkit.evaluation.tasks import TaskSpec
+
+        named = one_dataset(dataset_argument, dataset)
+        of_task = {item.name: given.pop(item.name) for item in fields(TaskSpec) if item.name in given}
+        of_machine = {item.name: given.pop(item.name) for item in fields(TaskOptions) if item.name != "task"}
+        function(options=TaskOptions(TaskSpec(named, **of_task), **of_machine), **given)
 
     return gathered

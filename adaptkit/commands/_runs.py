@@ -12,38 +12,7 @@ from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
     from adaptkit.commands._options import TaskOptions
-    from adaptkit.evaluation.protocols import Task
     from adaptkit.evaluation.results import RunResult
-    from adaptkit.types import ProgressCallback
-
-
-def load_task(options: TaskOptions, progress: ProgressCallback) -> Task:
-    """The task that the options describe; images left out as unreadable are counted in the dataset's notes."""
-    from dataclasses import replace
-
-    from adaptkit.data.checks import drop_unreadable
-    from adaptkit.data.descriptions import with_descriptions
-    from adaptkit.data.sources import load_dataset
-    from adaptkit.evaluation.protocols import make_task
-
-    data = load_dataset(
-        options.dataset,
-        data_root=options.data_root,
-        templates=list(options.templates) or None,
-        shots=options.shots,
-        display_names=options.display_names,
-    )
-    if options.descriptions is not None:
-        data = with_descriptions(data, options.descriptions, allow_missing=options.allow_undescribed)
-    if options.skip_unreadable:
-        train, dropped = drop_unreadable(data.train, progress=progress)
-        val, more = (None, []) if data.val is None else drop_unreadable(data.val, progress=progress)
-        dropped += more
-        notes = [f"{len(dropped)} unreadable images left out, the first: {dropped[0][0]}"] if dropped else []
-        data = replace(data, train=train, val=val, notes=(*data.notes, *notes))
-    return make_task(
-        data, options.protocol, options.shots, options.seed, options.sampler, allow_fewer=options.allow_fewer
-    )
 
 
 def check_out(folder: Path) -> None:
@@ -81,29 +50,53 @@ def adapter_folder(path: Path) -> Path:
 
 def default_out(options: TaskOptions, what: str) -> Path:
     """runs/<dataset>/<what>/<settings>, each part made fit for a file name."""
-    parts = (Path(options.dataset).name, what, f"{options.protocol}-{options.shots}shots-seed{options.seed}")
+    task = options.task
+    settings = [task.protocol, f"{task.shots}shots", f"seed{task.seed}", *(["joint"] if task.joint else [])]
+    settings += [] if task.class_split is None else [f"split{task.class_split}"]
+    parts = (Path(task.dataset).name, what, "-".join(settings))
     return Path("runs", *(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._") or "run" for part in parts))
 
 
 def part_columns(results: Sequence[RunResult]) -> list[str]:
     """Column titles of the tested parts."""
-    names = [part.name for part in results[0].parts]
-    return [*("accuracy" if name == "all" else name for name in names), *(["H"] if len(names) > 1 else [])]
+    first = results[0]
+    names = ["accuracy" if len(first.parts) == 1 else part.name for part in first.parts]
+    return [*names, *summarised(first)]
+
+
+def summarised(result: RunResult) -> dict[str, float]:
+    """What the parts come to, by column title: H, or the targets' average and how far it is below the source."""
+    figures = {"H": result.harmonic_mean, "average": result.target_average, "drop": result.drop}
+    return {title: figure for title, figure in figures.items() if figure is not None}
 
 
 def scores(result: RunResult) -> list[str]:
     """Cells of the tested parts, in percent; zero-shot fallbacks carry a star."""
     cells = [console.percent(part.accuracy) + ("*" if part.fallback else "") for part in result.parts]
-    return [*cells, *([console.percent(result.harmonic_mean)] if result.harmonic_mean is not None else [])]
+    return [*cells, *map(console.percent, summarised(result).values())]
 
 
 def summary(result: RunResult) -> dict[str, Any]:
     """A run as --json shows it."""
     from dataclasses import asdict
 
-    return asdict(result)
+    return {**asdict(result), "target_average": result.target_average, "drop": result.drop}
 
 
-def settings_line(options: TaskOptions, dataset: str) -> str:
-    """One line that says what was run."""
-    return f"{dataset}, {options.protocol}, {options.shots} shots, seed {options.seed}, backbone {options.backbone}"
+def settings_line(result: RunResult) -> str:
+    """One line that says what was run, and how it differs from the published protocol."""
+    key = result.key
+    words = (key.dataset, key.protocol, f"{key.shots} shots", f"seed {key.seed}", f"backbone {key.backbone}")
+    return "; ".join([", ".join(words), *key.marks])
+
+
+def next_step(result: RunResult, folder: Path) -> str:
+    """What can be done with an adapter."""
+    from adaptkit.backbones.stored import UNIDENTIFIED
+
+    if result.key.backbone_digest.startswith(UNIDENTIFIED):
+        return (
+            "the file of features doesn't identify the model that made them, so the adapter can't answer images: run"
+            " with --backbone to get one that can"
+        )
+    return f"predict with: adaptkit predict {folder} IMAGE"

@@ -23,8 +23,9 @@ _REQUIRED = (
     "scikit-learn",
     "numpy",
     "pillow",
+    "matplotlib",
 )
-_OPTIONAL = ("peft", "bitsandbytes", "matplotlib", "sentencepiece")
+_OPTIONAL = ("peft", "bitsandbytes", "sentencepiece")
 
 
 @click.command("doctor", short_help="versions, device, caches, data roots")

@@ -53,6 +53,7 @@ def _methods(name: str | None, as_json: bool) -> None:
         "reads": kind.reads,
         "classes it never saw": str(kind.novel_classes),
         "needs text": kind.needs_text,
+        "needs a multimodal language model": kind.needs_mllm,
     }
     if as_json:
         keys = ["name", "type", "default", "help"]
@@ -64,15 +65,12 @@ def _methods(name: str | None, as_json: bool) -> None:
 
 
 def _datasets(name: str | None, as_json: bool) -> None:
-    if name is None:
-        from adaptkit.data.sources import COOP_DATASETS
-        from adaptkit.data.synthetic import SUMMARIES
+    from adaptkit.data.catalogue import CATALOGUE
 
-        rows = [[key, "embedded", text] for key, text in SUMMARIES.items()]
-        rows += [[key, "on disk", f"expects {item.folder}/ below --data-root"] for key, item in COOP_DATASETS.items()]
-        return _print(
-            "Datasets (or a folder of class folders, a CSV, a split JSON)", ["name", "where", "what"], rows, as_json
-        )
+    if name is None:
+        return _all_datasets(as_json)
+    if name in CATALOGUE:
+        return _known_dataset(name, as_json)
     from adaptkit.data.sources import load_dataset
     from adaptkit.data.templates import preview
 
@@ -83,6 +81,77 @@ def _datasets(name: str | None, as_json: bool) -> None:
     shown = {"classes": ", ".join(dataset.class_names[:30]), "images": facts["images"], "split digest": dataset.digest}
     return console.print_facts(
         name, {**shown, "prompts": "\n".join(facts["prompts"]), "notes": "\n".join(dataset.notes)}
+    )
+
+
+def _all_datasets(as_json: bool) -> None:
+    from adaptkit.data.catalogue import CATALOGUE
+    from adaptkit.data.synthetic import SUMMARIES
+
+    columns = ["name", "group", "classes", "train", "val", "test"]
+    known = [(each.name, each.group, (each.classes, *each.sizes)) for each in CATALOGUE.values()]
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {"name": key, "group": "embedded", "what": text} for key, text in SUMMARIES.items()
+        ]
+        rows += [dict(zip(columns, (name, group, *sizes), strict=True)) for name, group, sizes in known]
+        return console.print_json(rows)
+    _print("Embedded datasets", ["name", "what"], [list(pair) for pair in SUMMARIES.items()], False)
+    cells = [[name, group, *(console.count(size) if size else "" for size in sizes)] for name, group, sizes in known]
+    return console.print_table("Known datasets, images per split", columns, cells, left=["name", "group"],
+                               note="adaptkit list datasets NAME: all about one. adaptkit data prepare NAME: get it."
+                               " Folders of class folders, CSVs and split JSONs are accepted too.")  # fmt: skip
+
+
+def _known_dataset(name: str, as_json: bool) -> None:
+    """Everything the table says about one dataset, and whether it is under the data root."""
+    from adaptkit.data.catalogue import CATALOGUE
+    from adaptkit.data.known import DATA_ROOT_VARIABLE
+    from adaptkit.data.sources import load_dataset
+    from adaptkit.errors import AdaptKitError
+
+    known = CATALOGUE[name]
+    try:
+        dataset = load_dataset(name)
+        here = f"{dataset.source['path']} ({sum(map(len, dataset.splits.values())):,} images listed)"
+    except AdaptKitError as error:
+        here = f"no: {error}"
+    facts: dict[str, Any] = {
+        "title": known.title,
+        "group": known.group,
+        "classes": known.classes,
+        "train": known.sizes[0],
+        "val": known.sizes[1],
+        "test": known.sizes[2],
+        "split": known.rule,
+        "split file": known.json,
+        "templates": list(known.templates),
+        "layouts": [f"{layout.image_path or '.'}/" for layout in known.layouts],
+        "tree": known.tree(),
+        "sources": [origin.where for origin in known.origins],
+        "by hand": known.steps,
+        "left out": list(known.dropped),
+        "renamed": dict(known.renames),
+        "licence": known.licence,
+        "citation": known.citation,
+        "to know": list(known.caveats),
+        f"in ${DATA_ROOT_VARIABLE}": here,
+    }
+    if as_json:
+        return console.print_json({"name": name, **facts})
+    shown = {key: _text(value) for key, value in facts.items() if value or value == 0}
+    return console.print_facts(name, shown)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{old} → {new}" for old, new in value.items())
+    return (
+        "\n".join(map(str, value))
+        if isinstance(value, list)
+        else console.count(value)
+        if isinstance(value, int)
+        else value
     )
 
 
@@ -113,6 +182,10 @@ def _backbones(name: str | None, as_json: bool) -> None:
         [
             "transformers:ID_OR_FOLDER",
             "CLIP, SigLIP, SigLIP 2, ALIGN, AltCLIP, Chinese-CLIP, MetaCLIP 2, DINOv2 of transformers",
+        ],
+        [
+            "transformers:ID_OR_FOLDER",
+            "multimodal language models: LLaVA, Qwen-VL, SmolVLM, Idefics, InternVL, Gemma 3, PaliGemma, BLIP-2; @bf16",
         ],
         ["timm:NAME_OR_FOLDER", "image encoders without text"],
     ]

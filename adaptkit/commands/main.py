@@ -14,12 +14,15 @@ from adaptkit.errors import AdaptKitError, TrainingError
 _VERBS = {
     "run": "run one method on one task",
     "compare": "many methods on one task, ranked",
+    "sweep": "many runs from a YAML suite",
+    "report": "tables, plots and one HTML page from results",
     "predict": "class names and probabilities for images",
     "export": "an adapter in another library's layout",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",
     "data": "what is there, what is missing, what to do",
+    "features": "files of features: write one, look at one",
     "describe": "let a language model describe classes",
     "doctor": "versions, device, caches, data roots",
 }

@@ -37,6 +37,7 @@ def command(
     Examples:
       adaptkit run --method coop --dataset digits --protocol base-to-novel --shots 16
       adaptkit run my_photos --method tip-adapter --shots 4 --backbone ViT-B-16/openai
+      adaptkit run shapes --method coop --protocol cross-dataset --targets textures,digits
     """
     from adaptkit.methods import methods
 
@@ -46,14 +47,15 @@ def command(
         _runs.check_out(target)
     _runs.check_writable(target)
 
-    from adaptkit.backbones.load import load_backbone
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
     from adaptkit.evaluation.results import write_run
+    from adaptkit.evaluation.stored import backbone_for
+    from adaptkit.evaluation.tasks import load_task
 
     with console.progress_bars(not as_json) as progress:
-        task = _runs.load_task(options, progress)
-        model = load_backbone(options.backbone, device=options.device)
+        task = load_task(options.task, progress)
+        model = backbone_for(task.dataset, options.backbone, device=options.device)
         plan = plan_run(method, model, task, recipe=recipe, overrides=overrides, precision=options.precision)
         store = FeatureStore(options.cache)
         outcome = run_method(plan, model, store=store, batch_size=options.batch_size, progress=progress)
@@ -69,7 +71,12 @@ def command(
         console.count(result.trained_parameters),
         f"{sum(result.seconds.values()):.1f}",
     ]
-    console.print_table(_runs.settings_line(options, task.dataset.name), columns, [row], left=["method"])
+    title = _runs.settings_line(result)
+    if result.targets:  # many columns for one row: printed upright
+        click.echo(title)  # on its own: the table is narrower
+        console.print_table("", columns[:1] + row[:1], list(zip(columns[1:], row[1:], strict=True)), left=["method"])
+    else:
+        console.print_table(title, columns, [row], left=["method"])
     for warning in result.warnings:
         console.say(f"note: {warning}")
-    console.say(f"Written to {target}; predict with: adaptkit predict {target} IMAGE")
+    console.say(f"Written to {target}; {_runs.next_step(result, target)}")

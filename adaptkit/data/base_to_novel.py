@@ -1,11 +1,14 @@
 """Base and novel classes: the first and second half of a dataset's labels.
 
+Other orders and lists of one's own are options that reports must mark.
+
 Source: protocols sheet, section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,11 +23,11 @@ class ClassSubset:
     """Some classes of a dataset, with labels of their own: 0 … len(classes) - 1.
 
     Args:
-        name: "base" or "novel".
+        name: "base", "novel", or "all" for both.
         classes: Their labels in the whole dataset, ascending; position is the new label.
     """
 
-    name: Literal["base", "novel"]
+    name: Literal["base", "novel", "all"]
     classes: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -57,7 +60,9 @@ class ClassSubset:
         return replace(kept, class_names=self.names(split.class_names), labels=self.relabel(kept.labels))
 
 
-def split_base_novel(labels: Sequence[int] | np.ndarray, num_classes: int) -> tuple[ClassSubset, ClassSubset]:
+def split_base_novel(
+    labels: Sequence[int] | np.ndarray, num_classes: int, order: Sequence[int] | None = None
+) -> tuple[ClassSubset, ClassSubset]:
     """Halve the classes: of n labels, sorted, the first ceil(n / 2) are base and the others novel.
 
     Shots are drawn from all classes first and filtered afterwards, so that base, novel and all-class runs with one seed
@@ -66,6 +71,7 @@ def split_base_novel(labels: Sequence[int] | np.ndarray, num_classes: int) -> tu
     Args:
         labels: Labels of the (few-shot) training list; only classes present in it count.
         num_classes: Classes of the dataset, to check the labels.
+        order: Every label once, in the order to halve them in; None for ascending.
 
     Raises:
         DataError: Fewer than two classes, or a label outside the classes.
@@ -80,5 +86,27 @@ def split_base_novel(labels: Sequence[int] | np.ndarray, num_classes: int) -> tu
         raise DataError(f"Labels run from {present[0]} to {present[-1]}; 0 to {num_classes - 1} is accepted.")
     if len(present) < 2:
         raise DataError(f"Base-to-novel needs at least 2 classes with training images, and there are {len(present)}.")
+    ordered = present if order is None else [label for label in order if label in set(present)]
     middle = (len(present) + 1) // 2
-    return ClassSubset("base", tuple(present[:middle])), ClassSubset("novel", tuple(present[middle:]))
+    return ClassSubset("base", tuple(sorted(ordered[:middle]))), ClassSubset("novel", tuple(sorted(ordered[middle:])))
+
+
+def split_by_lists(labels: Sequence[int] | np.ndarray, base: Iterable[int]) -> tuple[ClassSubset, ClassSubset]:
+    """Base classes as given, novel all others; of both those that are in `labels`.
+
+    Raises:
+        DataError: One of the two is empty.
+    """
+    present, chosen = {int(label) for label in labels}, set(base)
+    halves = (present & chosen, present - chosen)
+    if not all(halves):
+        which = "base" if not halves[0] else "novel"
+        raise DataError(f"No {which} class has training images: base-to-novel needs at least one on each side.")
+    return ClassSubset("base", tuple(sorted(halves[0]))), ClassSubset("novel", tuple(sorted(halves[1])))
+
+
+def random_order(num_classes: int, seed: int) -> list[int]:
+    """All labels in an order drawn by the seed, for random splits into base and novel classes."""
+    order = list(range(num_classes))
+    random.Random(seed).shuffle(order)
+    return order

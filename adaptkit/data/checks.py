@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.data.lists import LISTED, first_few, in_several_splits, many
 from adaptkit.data.splits import Dataset, S, Split, TestSplit
 from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageError
+from adaptkit.storage import digest_file
 from adaptkit.types import ProgressCallback
 
 
@@ -23,6 +25,7 @@ class DatasetReport:
         missing: Files that aren't there.
         corrupt: (file, sentence) of images that can't be read.
         duplicates: (name, splits) of images that are in more than one split.
+        identical: (names) of files in different splits that are the same byte for byte; found where images are opened.
         fewest: (class name, training images) of the classes that have fewest, at most five.
         images_opened: Whether every image was decoded, or only looked for.
         problems: All of it in sentences; empty means that the dataset can be used.
@@ -33,6 +36,7 @@ class DatasetReport:
     missing: list[str]
     corrupt: list[tuple[str, str]]
     duplicates: list[tuple[str, tuple[str, ...]]]
+    identical: list[tuple[str, ...]]
     fewest: list[tuple[str, int]]
     images_opened: bool
     problems: list[str]
@@ -55,14 +59,17 @@ def check_dataset(dataset: Dataset, *, images: bool = True, progress: ProgressCa
     """
     missing: list[str] = []
     corrupt: list[tuple[str, str]] = []
+    contents: dict[str, dict[str, str]] = {}  # digest of a file to its places by split
     total, done = sum(map(len, dataset.splits.values())), 0
-    for split in dataset.splits.values():
+    for kind, split in dataset.splits.items():
         for index in range(len(split)):
             reason = _unreadable(split, index, images)
             if isinstance(reason, MissingPathError):
                 missing.append(_place(split, index))
             elif reason is not None:
                 corrupt.append((_place(split, index), str(reason)))
+            elif images and (path := split.path(index)) is not None:
+                contents.setdefault(digest_file(path), {}).setdefault(kind, split.ids[index])
             done += 1
             if progress:
                 progress(f"checking {dataset.name}", done, total)
@@ -71,8 +78,30 @@ def check_dataset(dataset: Dataset, *, images: bool = True, progress: ProgressCa
     }
     duplicates = list(in_several_splits({kind: split.ids for kind, split in dataset.splits.items()}).items())
     fewest = sorted(counts["train"].items(), key=lambda pair: pair[1])[:LISTED]
+    identical = [tuple(places.values()) for places in contents.values() if len(set(places.values())) > 1]
     problems = _report_problems(dataset, missing, corrupt, duplicates, counts)
-    return DatasetReport(dataset.name, counts, missing, corrupt, duplicates, fewest, images, problems)
+    return DatasetReport(dataset.name, counts, missing, corrupt, duplicates, identical, fewest, images, problems)
+
+
+def differences_from_table(dataset: Dataset) -> list[str]:
+    """What of a known dataset's classes and sizes isn't as the catalogue has it, in sentences; [] for any other.
+
+    In an own split only the number of all images counts.
+    """
+    known = CATALOGUE.get(dataset.name)
+    if known is None or "few_shot_list" in dataset.source:
+        return []
+    differences = []
+    if len(dataset.class_names) != known.classes:
+        differences.append(f"{dataset.name} has {known.classes:,} classes, and {len(dataset.class_names):,} are here")
+    wanted = dict(zip(("train", "val", "test"), known.sizes, strict=True))
+    found = {kind: len(dataset.splits.get(kind, ())) for kind in wanted}
+    if dataset.source.get("split") == "own":
+        wanted, found = {"image": sum(wanted.values())}, {"image": sum(found.values())}
+    for kind, count in wanted.items():
+        if found[kind] != count:
+            differences.append(f"{dataset.name} has {count:,} {kind} images, and {found[kind]:,} are here")
+    return differences
 
 
 def _report_problems(
@@ -92,10 +121,12 @@ def _report_problems(
         problems.append(
             f"{many(len(duplicates), 'image')} in more than one split; the first: {name} ({' and '.join(splits)})"
         )
-    for kind in ("train", "test"):
+    for kind in ("train", "test") if len(dataset.train) else ("test",):
         without = [name for name, count in counts.get(kind, {}).items() if not count]
         if without:
             problems.append(f"{many(len(without), 'class')} without {kind} images: {first_few(without)}")
+    if not len(dataset.train) and (dataset.name not in CATALOGUE or CATALOGUE[dataset.name].sizes[0]):
+        problems.append(f"{dataset.name} has no training images")
     if "test" not in counts:
         problems.append(f"{dataset.name} has no test images")
     return problems
@@ -131,6 +162,8 @@ def drop_unreadable(split: S, *, progress: ProgressCallback | None = None) -> tu
 
 def _unreadable(split: Split, index: int, decode: bool) -> Exception | None:
     """Why an image can't be read, or None."""
+    if not split.source.pictures:
+        return None  # features, checked when their file was read
     try:
         if decode:
             split.image(index)

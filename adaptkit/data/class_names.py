@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from adaptkit.data.lists import read_lines
 from adaptkit.data.sources import known_names, load_dataset
 from adaptkit.data.splits import check_class_names
-from adaptkit.errors import AdaptKitError, DataError, MissingPathError, UnknownNameError
+from adaptkit.errors import MissingPathError, UnknownNameError
 
 _WORDNET_LINE = re.compile(r"n\d{8}\s+(\S.*)")
-_MAX_BYTES = 16 * 2**20
 
 
 def find_class_names(text: str, *, data_root: str | Path | None = None) -> tuple[str, ...]:
@@ -66,23 +66,9 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     Blank lines don't count.
 
     Raises:
+        MissingPathError: No such file.
         DataError: The file is too large, isn't UTF-8 text, or holds no names.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path} is too large for a list of class names: at most {_MAX_BYTES:,} bytes are read.")
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, one name per line."
-        ) from error
-    except AdaptKitError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{path} holds no class names: write one per line.")
+    lines = read_lines(path, "class name")
     numbered = [_WORDNET_LINE.fullmatch(line) for line in lines]
-    return tuple(match[1] for match in numbered if match) if all(numbered) else tuple(lines)
+    return tuple(match[1] for match in numbered if match) if all(numbered) else lines

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.data.feature_files import StoredSource
 from adaptkit.data.splits import Split, TorchSource
 from adaptkit.data.transforms import augment, to_pixels
 from adaptkit.errors import AdaptKitWarning, BackboneError, ConfigError, MissingPathError, StorageError
@@ -73,6 +74,7 @@ class ViewSettings:
         crop_scale: Smallest area share of the random crop, in (0, 1].
         flip: Whether views are mirrored at random.
         seed: Seeds the draws; an image's view depends on it, the view's number and the image's id only.
+        colour_jitter: Most that brightness, contrast and saturation change by, in [0, 1].
 
     Raises:
         ConfigError: A value that can't be used.
@@ -81,23 +83,32 @@ class ViewSettings:
     crop_scale: float = 0.08
     flip: bool = True
     seed: int = 0
+    colour_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         try:
             crop_scale, seed = float(self.crop_scale), operator.index(self.seed)
+            colour_jitter = float(self.colour_jitter)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"Views can't be drawn with {self}: crop_scale and seed must be numbers.") from error
+            raise ConfigError(
+                f"Views can't be drawn with {self}: crop_scale, seed and colour_jitter must be numbers."
+            ) from error
         if not 0 < crop_scale <= 1:
             raise ConfigError(f"crop_scale is {crop_scale!r}, but must be above 0 and at most 1.")
+        if not 0 <= colour_jitter <= 1:
+            raise ConfigError(f"colour_jitter is {colour_jitter!r}, but must be at least 0 and at most 1.")
         object.__setattr__(self, "crop_scale", crop_scale)
         object.__setattr__(self, "flip", bool(self.flip))
         object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "colour_jitter", colour_jitter)
 
     def facts(self, view: int) -> dict[str, Any]:
         """What decides view `view`, as plain values."""
         if view == 0:
             return {"number": 0}
-        return {"number": view, "crop_scale": self.crop_scale, "flip": self.flip, "seed": self.seed}
+        facts = {"number": view, "crop_scale": self.crop_scale, "flip": self.flip, "seed": self.seed}
+        # left out where it is off: views stored before there was such a setting stay good
+        return {**facts, "colour_jitter": self.colour_jitter} if self.colour_jitter else facts
 
 
 _PLAIN = ViewSettings()
@@ -119,7 +130,15 @@ class _Views:
             return to_pixels(image, preprocessing)
         draw = digest_json(["view", self.settings.seed, view, self.split.ids[index]])
         numbers = torch.Generator().manual_seed(int(draw[:15], 16))  # the same on every machine
-        return augment(image, preprocessing, numbers, crop_scale=self.settings.crop_scale, flip=self.settings.flip)
+        how = self.settings
+        return augment(
+            image,
+            preprocessing,
+            numbers,
+            crop_scale=how.crop_scale,
+            flip=how.flip,
+            colour_jitter=how.colour_jitter,
+        )
 
     def stack(self, indices: Sequence[int], view: int) -> Tensor:
         """Pixels [k, 3, size, size]."""
@@ -498,6 +517,8 @@ class FeatureStore:
             ConfigError: A setting out of range.
         """
         _check(view, batch_size, workers, precision)
+        if isinstance(split.source, StoredSource):
+            return _from_file(backbone, split, split.source, int(view))[-1]
         job = _Job(_Views(split, backbone, settings, workers), int(view), batch_size, precision, progress)
         return self._gather(job, split.content_keys())
 
@@ -518,6 +539,8 @@ class FeatureStore:
         Args and errors as for `features`.
         """
         _check(views, batch_size, workers, precision, what="views")
+        if isinstance(split.source, StoredSource):
+            return TensorInputs(_from_file(backbone, split, split.source, int(views)), _labels(split))
         looks, keys = _Views(split, backbone, settings, workers), split.content_keys()
         jobs = [_Job(looks, view, batch_size, precision, progress) for view in range(1 + views)]
         return TensorInputs(torch.stack([self._gather(job, keys) for job in jobs]), _labels(split))
@@ -639,6 +662,25 @@ class FeatureStore:
 
 def _labels(split: Split) -> Tensor:
     return torch.tensor(split.labels, dtype=torch.int64)
+
+
+def _from_file(backbone: Backbone, split: Split, source: StoredSource, views: int) -> Tensor:
+    """Features [1 + views, n, dim] that lie in a file already, which the store has no need to keep again.
+
+    Where the file has fewer views, those serve, and a warning says so.
+
+    Raises:
+        BackboneError: They have another size than the backbone's.
+    """
+    if source.file.dim != backbone.spec.embed_dim:
+        raise BackboneError(
+            f"{source.file.path} holds features of {source.file.dim} numbers, and those of {backbone.spec.name!r} have"
+            f" {backbone.spec.embed_dim}: it was made by another model."
+        )
+    if views > source.num_views:
+        held = f"only {source.num_views} are" if source.num_views else "none is"
+        _warn(f"{views} augmented views per image are asked for, and {held} stored: it trains on what there is")
+    return source.select(split.positions, views)
 
 
 @dataclass(frozen=True)

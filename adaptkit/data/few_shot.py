@@ -28,6 +28,9 @@ import numpy as np
 from adaptkit.data.splits import Split, TrainSplit, ValSplit, require_split
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
 
+SAMPLER_VERSION = 1
+"""Raised when any sampler draws other images than before; stored in few-shot lists."""
+
 _VAL_SHOTS = 4  # CoOp's upper limit of validation images per class
 _TIP_SEED = 1
 _TPT_SEED = 0
@@ -99,6 +102,8 @@ def sample_few_shot(
         raise ConfigError(f"{shots!r} shots can't be drawn: give a whole number of at least 1.")
     if sampler not in SAMPLERS:
         raise UnknownNameError.for_name("sampler", sampler, SAMPLERS)
+    if not len(train):
+        raise DataError("No shots can be drawn: the dataset has test images alone (it is a target to test on).")
     short = _short_classes(train, shots)
     if short and not allow_fewer:
         raise DataError(_too_few(short, shots))

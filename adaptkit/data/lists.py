@@ -1,4 +1,4 @@
-"""Lists of images in files: CSV tables and JSON shaped like CoOp's `split_zhou_*.json`, read and checked.
+"""Lists in files: images in CSV tables and in JSON shaped like CoOp's `split_zhou_*.json`, and plain lines of text.
 
 Paths in a list are another's: they are checked here to stay inside the image folder, and no image is opened. Everything
 wrong with a file is collected, so that it is repaired in one go.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptkit.errors import DataError, StorageError
+from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageError
 from adaptkit.storage import check_relative, read_json
 
 SPLIT_NAMES = {
@@ -29,6 +29,7 @@ LISTED = 5
 """How many problems or names one message holds."""
 
 _MAX_TABLE_BYTES = 256 * 2**20
+_MAX_TEXT_BYTES = 16 * 2**20
 
 
 class Item(NamedTuple):
@@ -40,6 +41,41 @@ class Item(NamedTuple):
 
 Lists = dict[str, list[Item]]
 """Images by split ("train", "val", "test")."""
+
+
+# --- plain text ----------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: str | Path, what: str) -> tuple[str, ...]:
+    """The lines of a text file that aren't blank, without the blanks around them.
+
+    Args:
+        path: UTF-8 text.
+        what: What a line holds, for messages ("class name").
+
+    Raises:
+        MissingPathError: No such file.
+        DataError: The file is too large, isn't UTF-8 text, or holds nothing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingPathError(f"There is no file {path}: give a text file with one {what} per line.")
+    try:
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            raise DataError(f"{path} is too large for a list of {what}s: at most {_MAX_TEXT_BYTES:,} bytes are read.")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, one {what} per line."
+        ) from error
+    except AdaptKitError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
+        raise DataError(f"{path} holds no {what}s: write one per line.")
+    return lines
 
 
 # --- CSV -----------------------------------------------------------------------------------------------------------

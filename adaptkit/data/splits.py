@@ -32,6 +32,8 @@ class ImageSource(ABC):
     """Images by position. `pool` names where they come from; images of one pool are kept together in the store."""
 
     pool: str
+    pictures: ClassVar[bool] = True
+    """Whether there are pictures to open; False where only their features are stored."""
 
     @abstractmethod
     def open(self, position: int) -> Image.Image:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.config import check_templates
+from adaptkit.data.catalogue import CATALOGUE
+from adaptkit.data.lists import read_lines
 from adaptkit.types import DEFAULT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -22,22 +24,25 @@ IMAGENET_ENSEMBLE = (
 )
 """OpenAI's selected seven of the 80 ImageNet templates. Source: datasets sheet, section 6."""
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "oxford_pets": ("a photo of a {}, a type of pet.",),
-    "oxford_flowers": ("a photo of a {}, a type of flower.",),
-    "food101": ("a photo of {}, a type of food.",),
-    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.",),
-    "dtd": ("{} texture.",),
-    "eurosat": ("a centered satellite photo of {}.",),
-    "ucf101": ("a photo of a person doing {}.",),
-}
-"""The single templates of CoOp and nearly all followers, where they aren't the default one. Source: datasets sheet,
-6."""
-
 
 def templates_for(name: str) -> tuple[str, ...]:
-    """The templates of a dataset by its registry name, the default ones for any other."""
-    return TEMPLATES.get(name, DEFAULT_TEMPLATES)
+    """The templates of a known dataset by its name, the default ones for any other."""
+    known = CATALOGUE.get(name)
+    return DEFAULT_TEMPLATES if known is None else known.templates
+
+
+def read_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    """Templates as they were given, an "@FILE" among them replaced by the file's lines.
+
+    Raises:
+        MissingPathError: No such file.
+        DataError: It can't be read, or holds nothing.
+        ConfigError: A template without exactly one `{}`.
+    """
+    found: list[str] = []
+    for text in templates:
+        found += read_lines(text[1:], "template") if text.startswith("@") and "{" not in text else [text]
+    return check_templates(found) if found else ()
 
 
 def display_name(stored: str) -> str:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from adaptkit.backbones.base import Preprocessing
@@ -18,6 +18,7 @@ from adaptkit.errors import ConfigError
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ASPECTS = (3 / 4, 4 / 3)
+_COLOURS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _TRIES = 10  # torchvision's: after so many crops that don't fit, the largest central one is taken
 
 
@@ -49,8 +50,9 @@ def augment(
     *,
     crop_scale: float = 0.08,
     flip: bool = True,
+    colour_jitter: float = 0.0,
 ) -> Tensor:
-    """An augmented view: a random crop, resized to the input's size, mirrored in half of the cases.
+    """An augmented view: a random crop, resized to the input's size, mirrored in half of the cases, and recoloured.
 
     Args:
         image: RGB, of any size.
@@ -58,25 +60,38 @@ def augment(
         numbers: Where the draws come from.
         crop_scale: Smallest area share of the crop, in (0, 1].
         flip: Whether to mirror at random.
+        colour_jitter: Most that brightness, contrast and saturation change by, as a factor's distance from 1, in
+            [0, 1]; 0 draws nothing, so that other draws stay as they are without it.
 
     Returns:
         Normalised pixels, float32 [3, size, size].
 
     Raises:
-        ConfigError: A `crop_scale` outside (0, 1].
+        ConfigError: A `crop_scale` outside (0, 1], or a `colour_jitter` outside [0, 1].
 
     Source: protocol-training sheet, section 5 (area 0.08–1 for the CoOp line, 0.5–1 for Tip-Adapter and MMRL; aspect
-    ratio 3/4–4/3 drawn on a log scale; bicubic).
+    ratio 3/4–4/3 drawn on a log scale; bicubic); adaptclipzs sheet (colours, after crop and mirror).
     """
     if not 0 < crop_scale <= 1:
         raise ConfigError(f"crop_scale is {crop_scale!r}, but must be above 0 and at most 1.")
+    if not 0 <= colour_jitter <= 1:
+        raise ConfigError(f"colour_jitter is {colour_jitter!r}, but must be at least 0 and at most 1.")
     left, top, width, height = _crop(image.size, crop_scale, numbers)
     side = preprocessing.image_size
     cut = image.crop((left, top, left + width, top + height))
     view = _resized(cut, (side, side), _RESAMPLING[preprocessing.interpolation])
     if flip and _uniform(numbers, 0.0, 1.0) < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if colour_jitter:
+        view = _recoloured(view, colour_jitter, numbers)
     return _normalised(view, preprocessing)
+
+
+def _recoloured(image: Image.Image, most: float, numbers: torch.Generator) -> Image.Image:
+    """Brightness, contrast and saturation by factors in 1 ± most, in a random order, as torchvision's ColorJitter."""
+    for place in torch.randperm(len(_COLOURS), generator=numbers).tolist():
+        image = _COLOURS[place](image).enhance(_uniform(numbers, 1 - most, 1 + most))
+    return image
 
 
 def _crop(size: tuple[int, int], smallest: float, numbers: torch.Generator) -> tuple[int, int, int, int]:

@@ -1,18 +1,11 @@
-"""Protocols: from a dataset to a few-shot task with its test parts, and one method run on it.
-
-few-shot          all classes: shots of every class, the whole test split
-base-to-novel     shots drawn over all classes, trained on the first half of them; base and novel test images, each
-                  among its own half's names
-
-Source: protocols sheet, sections 1 and 2; datasets sheet, section 4.
-"""
+"""Runs: one method planned, fitted and tested on a task."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +13,13 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.config import to_mapping
-from adaptkit.data.base_to_novel import split_base_novel
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
-from adaptkit.data.few_shot import FewShot, sample_few_shot
-from adaptkit.data.splits import Dataset, Split, TestSplit, TrainSplit, ValSplit, require_split
-from adaptkit.errors import AdaptKitWarning, DataError, UnknownNameError
+from adaptkit.data.splits import Split, TestSplit
+from adaptkit.errors import AdaptKitWarning, DataError
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
-from adaptkit.evaluation.recipes import PROTOCOLS, Recipe, Resolved, find_recipe, load_recipe, resolve
+from adaptkit.evaluation.recipes import STAND_INS, Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (
     SCHEMA_VERSION,
     PartResult,
@@ -37,102 +29,16 @@ from adaptkit.evaluation.results import (
     environment,
     peak_memory_bytes,
 )
+from adaptkit.evaluation.stored import check_stored
+from adaptkit.evaluation.tasks import Task, TestPart
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
-from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.methods.base import GradientMethod, Method, check_novel
 from adaptkit.storage import digest_json
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
 
 _TEST_BATCH = 256
-
-
-@dataclass(frozen=True)
-class TestPart:
-    """Test images that are answered among one list of classes.
-
-    Args:
-        name: "all", "base" or "novel".
-        split: The images, labelled within `split.class_names`.
-        positions: Each image's position in the dataset's test split, int64 [n].
-    """
-
-    __test__ = False  # pytest would collect the name
-
-    name: str
-    split: TestSplit
-    positions: np.ndarray
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one seed makes of a dataset under a protocol.
-
-    Args:
-        dataset: The whole dataset.
-        protocol: One of `PROTOCOLS`.
-        few_shot: Which images were drawn.
-        train: The shots of the classes trained on.
-        val: Validation images of the same classes; empty where the dataset has none.
-        parts: What is tested.
-    """
-
-    dataset: Dataset
-    protocol: str
-    few_shot: FewShot
-    train: TrainSplit
-    val: ValSplit | None
-    parts: tuple[TestPart, ...]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes trained on."""
-        return self.train.class_names
-
-    @property
-    def seed(self) -> int:
-        return self.few_shot.seed
-
-
-def make_task(
-    dataset: Dataset,
-    protocol: str = "few-shot",
-    shots: int = 16,
-    seed: int = 1,
-    sampler: str = "coop",
-    *,
-    allow_fewer: bool = False,
-) -> Task:
-    """Draw the shots and lay out what is tested.
-
-    Args:
-        dataset: Must have test images.
-        protocol: "few-shot" or "base-to-novel".
-        shots: Images per class.
-        seed: Seeds the draw; 0 is a seed like any other.
-        sampler: Whose draws (see `adaptkit.data.few_shot`).
-        allow_fewer: Accept classes with fewer images than shots.
-
-    Raises:
-        UnknownNameError: No such protocol or sampler.
-        DataError: No test images, or too few images for the shots.
-    """
-    if protocol not in PROTOCOLS:
-        raise UnknownNameError.for_name("protocol", protocol, PROTOCOLS)
-    test = require_split(dataset.test, TestSplit, "Testing")
-    if not len(test):
-        raise DataError(f"{dataset.name} has no test images: add a test split, or more images per class.")
-    drawn = sample_few_shot(dataset.train, dataset.val, shots, seed, sampler, allow_fewer=allow_fewer)
-    train = dataset.train.subset(drawn.train_indices)
-    val = dataset.val.subset(drawn.val_indices) if dataset.val is not None and len(drawn.val_indices) else None
-    if protocol == "few-shot":
-        return Task(dataset, protocol, drawn, train, val, (TestPart("all", test, np.arange(len(test))),))
-    base, novel = split_base_novel(train.labels, len(dataset.class_names))
-    parts = tuple(TestPart(half.name, half.restrict(test), half.indices(test.labels)) for half in (base, novel))
-    empty = [part.name for part in parts if not len(part.split)]
-    if empty:
-        raise DataError(f"{dataset.name} has no test images of its {empty[0]} classes.")
-    return Task(dataset, protocol, drawn, base.restrict(train), None if val is None else base.restrict(val), parts)
 
 
 # --- which recipe -----------------------------------------------------------------------------------------------------
@@ -141,24 +47,55 @@ def make_task(
 def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | None = None) -> Recipe | None:
     """The recipe of a run: the one named, else "quick" for the embedded backbone and the paper's for any other.
 
+    Where a method has none for a protocol with targets, that of a protocol that trains alike serves (`STAND_INS`).
+
     Raises:
         UnknownNameError: No such recipe.
         ConfigError: The recipe is for another method or protocol.
     """
     if name == "none":
         return None
+    protocols = (protocol, *STAND_INS.get(protocol, ()))
     if name is None:
-        variant = "quick" if backbone.spec.family == "mini" else ""
-        return find_recipe(method, protocol, variant) or find_recipe(method, protocol)
-    whole = "/" in name or name.endswith((".yaml", ".yml"))
-    recipe = load_recipe(name if whole else f"{method}/{protocol}-{name}")
+        variants = ("quick", "") if backbone.spec.family == "mini" else ("",)
+        found = (find_recipe(method, one, variant) for variant in variants for one in protocols)
+        return next((recipe for recipe in found if recipe is not None), None)
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        recipe = load_recipe(name)
+    else:
+        own = next((one for one in protocols if find_recipe(method, one, name)), protocol)
+        recipe = load_recipe(f"{method}/{own}-{name}")
     recipe.check_fits(method, protocol)
     return recipe
 
 
-def templates_of(task: Task, recipe: Recipe | None) -> tuple[str, ...]:
-    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's."""
+def templates_of(task: Task, recipe: Recipe | None, backbone: Backbone) -> tuple[str, ...]:
+    """The zero-shot templates of a run: the recipe's where it brings some, else the dataset's.
+
+    A backbone that reads only templates of its own gets these, or those of the dataset's among them.
+    """
+    if backbone.own_templates:
+        held = set(task.dataset.templates) <= set(backbone.own_templates)
+        return task.dataset.templates if held else backbone.own_templates
     return recipe.templates if recipe is not None and recipe.template_use == "recipe" else task.dataset.templates
+
+
+def settle_targets(task: Task, recipe: Recipe | None) -> Task:
+    """The task with its other datasets described as the recipe wants them.
+
+    Raises:
+        ConfigError: The recipe has settings per target, and none for one of them.
+    """
+    if recipe is None:
+        return task
+    parts = []
+    for part in task.parts:
+        if part.other is not None:
+            templates = recipe.templates if recipe.template_use == "recipe" else part.other.templates
+            other = replace(part.other, templates=templates, settings=recipe.for_target(part.name))
+            part = replace(part, other=other)
+        parts.append(part)
+    return replace(task, parts=tuple(parts))
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -220,18 +157,28 @@ def plan_run(
     Raises:
         UnknownNameError: No such method or recipe.
         ConfigError: Settings that can't be used, all in one message.
+        DataError: A search was asked for, and there are too few validation images for one.
     """
     kind = methods.get(method)
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
+    task = settle_targets(task, chosen)
+    for part in task.parts:
+        check_novel(kind, task.class_names, part.asked, part.other is not None)
     resolved = resolve(kind, chosen, overrides, shots=task.few_shot.shots, dataset=task.dataset.name)
+    _check_searches(resolved, task)
+    templates = templates_of(task, chosen, backbone)
+    check_stored(kind, backbone, task.dataset, templates, resolved)
     settings = {
-        "method": to_mapping(resolved.config),
-        "training": to_mapping(resolved.training) if kind.default_training is not None else {},
-        "templates": list(templates_of(task, chosen)),
+        "method": _key_values(resolved.config),
+        "training": _key_values(resolved.training) if kind.default_training is not None else {},
+        "templates": list(templates),
         "precision": precision,
     }
+    if isinstance(backbone, StoredBackbone):
+        settings["text_features"] = backbone.digest_of_texts
     if kind.reads_descriptions != "never":
-        settings["descriptions"] = digest_json({k: list(v) for k, v in task.dataset.descriptions.items()})
+        settings["descriptions"] = _descriptions_digest(task.dataset.descriptions)
+    settings |= {**task.settings, **_target_settings(kind, task)}
     key = RunKey(
         method,
         backbone.spec.name,
@@ -245,6 +192,53 @@ def plan_run(
         settings,
     )
     return RunPlan(method, task, chosen, resolved, key)
+
+
+def _target_settings(kind: type[Method], task: Task) -> dict[str, Any]:
+    """What is said about each target beside its images, as far as it isn't the source's, for the key."""
+    others = {part.name: part.other for part in task.parts if part.other is not None}
+    settings: dict[str, Any] = {}
+    if task.protocol == "cross-dataset":
+        settings["target_templates"] = {name: list(other.templates) for name, other in others.items()}
+        if kind.reads_descriptions != "never":
+            digests = {name: _descriptions_digest(other.descriptions) for name, other in others.items()}
+            settings["target_descriptions"] = digests
+    if any(other.settings for other in others.values()):
+        settings["target_settings"] = {name: dict(other.settings) for name, other in others.items()}
+    return settings
+
+
+def _descriptions_digest(descriptions: Mapping[str, Sequence[str]]) -> str:
+    return digest_json({name: list(sentences) for name, sentences in descriptions.items()})
+
+
+def _key_values(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, without those marked "later" that are at their default.
+
+    They came after runs had been made, and leave the keys of those as they are.
+    """
+    later = {item.name: item.default for item in fields(settings) if item.metadata.get("later")}
+    return {key: value for key, value in to_mapping(settings).items() if key not in later or value != later[key]}
+
+
+def _check_searches(resolved: Resolved, task: Task) -> None:
+    """Refuse a search that someone asked for where there is nothing to choose on.
+
+    A search that is merely a method's or a recipe's default is left out there, and the result says so. It takes
+    validation images of two classes: among those of one, whatever always answers that class is best.
+    """
+    asked = [
+        key
+        for key, origin in resolved.origins.items()
+        if key.startswith("method.search") and origin != "default" and not origin.startswith("recipe ")
+    ]
+    wanted = [key for key in asked if getattr(resolved.config, key.removeprefix("method.")) is True]
+    seen = 0 if task.val is None else len(set(task.val.labels.tolist()))
+    if wanted and seen < 2:
+        raise DataError(
+            f"{wanted[0]} asks for a choice on validation images of at least two classes, and {task.dataset.name} has"
+            f" {'none' if not seen else 'them of one only'}: add validation images, or leave the setting out."
+        )
 
 
 def run_method(
@@ -305,11 +299,13 @@ class _Run:
         method = methods.get(self.plan.method)(
             self.backbone,
             task.class_names,
-            templates=templates_of(task, self.plan.recipe),
+            templates=templates_of(task, self.plan.recipe, self.backbone),
             config=resolved.config,
             seed=task.seed,
             descriptions=task.dataset.descriptions,
         )
+        for part in task.parts:  # classes that it refuses or can't read are said before it is trained
+            method.set_classes(part.asked, part.other)
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
         val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))
@@ -341,7 +337,7 @@ class _Run:
         return self._stored(split, training)
 
     def _views(self, training: TrainingSettings) -> ViewSettings:
-        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed)
+        return ViewSettings(training.crop_scale, training.flip, self.plan.task.seed, training.colour_jitter)
 
     def _frozen(self, method: Method, split: Split, training: TrainingSettings) -> Inputs | None:
         """Frozen features of the training images, for methods that train on pixels beside them.
@@ -366,17 +362,20 @@ class _Run:
     # --- testing ------------------------------------------------------------------------------------------------------
 
     def test(self, method: Method, part: TestPart) -> tuple[PartResult, Predictions]:
-        method.set_classes(part.split.class_names)
+        method.set_classes(part.asked, part.other)
         logits = self._logits(method, part.split)
+        if part.columns:
+            logits = np.ascontiguousarray(logits[:, part.columns])
         labels = part.split.labels
+        answered = np.ones(len(labels), dtype=bool)
+        if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
+            logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
-        confidence = np.exp(log_softmax(logits).max(axis=1))
-        predicted = logits.argmax(axis=1)
-        fallback = method.uses_fallback
+        confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
+        predicted = np.where(answered, logits.argmax(axis=1), -1)
+        result = _part_result(part, metrics, method)
         method.set_classes(method.fitted_names)
-        return _part_result(part, metrics, fallback), Predictions(
-            part.name, part.positions, labels, predicted, confidence
-        )
+        return result, Predictions(part.name, part.positions, labels, predicted, confidence)
 
     @torch.no_grad()
     def _logits(self, method: Method, split: TestSplit) -> np.ndarray:
@@ -431,10 +430,42 @@ class _Run:
             tuned_on=tuned_on,
             origins=dict(self.plan.resolved.origins),
             fit=_plain_report(self.report),
-            dataset=task.dataset.summary(),
-            warnings=(*task.dataset.notes, *task.few_shot.notes, *self._cautions(parts, tuned_on), *said),
+            dataset=task.dataset.summary() | ({} if task.spec is None else {"asked": to_mapping(task.spec)}),
+            warnings=(
+                *key.marks,
+                *task.dataset.notes,
+                *task.few_shot.notes,
+                *task.notes,
+                *self._target_facts(method),
+                *self._cautions(parts, tuned_on),
+                *said,
+            ),
             environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
         )
+
+    def _target_facts(self, method: Method) -> list[str]:
+        """Which settings trained the model that answers for targets, and what their classes were described with."""
+        task, recipe = self.plan.task, self.plan.recipe
+        if not any(part.other for part in task.parts):
+            return []
+        facts = []
+        if recipe is not None and recipe.protocol != task.protocol:
+            facts.append(f"trained by recipe {recipe.name}, which is written for {recipe.protocol}")
+        if method.context_vectors():
+            facts.append("names of the targets' classes stand in the learned prompt, in the place of any template")
+        elif task.protocol == "cross-dataset":
+            used = {part.other.templates for part in task.parts if part.other is not None} | {method.templates}
+            alike = method.fixed_templates or len(used) == 1
+            facts.append(
+                "source and targets are described by the same templates"
+                if alike
+                else "each target is described by its own templates (in the result of each part)"
+            )
+        if any(part.columns for part in task.parts):
+            facts.append(
+                "candidates of shifted datasets: logits over all source classes, the columns of the others dropped"
+            )
+        return facts
 
     def _cautions(self, parts: Sequence[PartResult], tuned_on: str) -> list[str]:
         cautions = [
@@ -457,15 +488,41 @@ def _tuned_on(recipe: Recipe | None, report: Mapping[str, Any]) -> str:
     return "val" if report.get("searched") else "none"
 
 
-def _part_result(part: TestPart, metrics: Metrics, fallback: bool) -> PartResult:
+def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits in which an image without an answer counts as wrong, and which images have one.
+
+    A method that gets no usable answer for an image gives a row of NaN. In place of it all classes but the right one
+    share the probability, so that no metric profits.
+
+    Args:
+        logits: [n, classes].
+        labels: [n].
+
+    Returns:
+        The logits, and bool [n].
+    """
+    answered = ~np.isnan(logits).all(axis=1)
+    if answered.all():
+        return logits, answered
+    logits = logits.copy()
+    logits[~answered] = 0.0
+    logits[~answered, labels[~answered]] = -np.inf
+    return logits, answered
+
+
+def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
+    learned = bool(method.context_vectors()) and not method.uses_fallback
+    answers = method.answer_facts()
     return PartResult(
         part.name,
         metrics.num_classes,
         metrics.correct,
         metrics.total,
-        metrics.to_dict(),
+        {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
         metrics.per_class,
-        fallback,
+        method.uses_fallback,
+        () if part.other is None or learned else method.templates,
+        () if part.split.class_names == method.fitted_names else part.split.class_names,
     )
 
 

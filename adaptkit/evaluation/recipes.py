@@ -7,11 +7,13 @@ A recipe lies at `recipes/<method>/<protocol>[-variant].yaml`; its name is that 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from adaptkit.config import from_mapping, load_yaml, parse_overrides
 from adaptkit.errors import ConfigError, MissingPathError, UnknownNameError
@@ -20,14 +22,22 @@ from adaptkit.types import TrainingSettings
 if TYPE_CHECKING:
     from adaptkit.methods.base import Method, MethodConfig
 
-ProtocolName = Literal["few-shot", "base-to-novel"]
-PROTOCOLS: tuple[ProtocolName, ...] = ("few-shot", "base-to-novel")
+ProtocolName = Literal["few-shot", "base-to-novel", "cross-dataset", "domain-generalisation"]
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+
+STAND_INS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cross-dataset": ("few-shot",), "domain-generalisation": ("cross-dataset", "few-shot")}
+)
+"""Protocols that train as another one does, and may take its recipes: the first that there is."""
 
 TunedOn = Literal["none", "val", "test", "per-dataset-config"]
 TemplateUse = Literal["dataset", "recipe", "learned", "none"]
 
+SUITES_FOLDER = "suites"
+"""Beside the recipes: the suites of `adaptkit sweep`, which are none."""
+
 SECTIONS = ("method", "training")
-VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip"})
+VIEW_FIELDS = frozenset({"views", "fresh_views", "crop_scale", "flip", "colour_jitter"})
 """The training settings that a method without a gradient loop may still read (Tip-Adapter's cache of views)."""
 
 _KNOWN_NAME = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
@@ -59,7 +69,7 @@ class Recipe:
     Args:
         name: "coop/few-shot", or the path of a file of one's own.
         method: Registered name of the method.
-        protocol: "few-shot" or "base-to-novel".
+        protocol: One of `PROTOCOLS`.
         summary: What it does, one sentence.
         source: Where the settings come from.
         shots: Images per class that the source reports on.
@@ -68,6 +78,7 @@ class Recipe:
         training: Fields of `TrainingSettings`.
         by_shots: What differs for a number of shots; counts between two entries take the lower one's.
         by_dataset: What differs for a dataset.
+        by_target: What the method is set to while it answers for a target, after training (its `settable` settings).
         templates: Zero-shot templates that replace the dataset's own, where `template_use` is "recipe".
         template_use: What text the classes are described with: the dataset's own templates, those of the recipe, a
             learned context in place of any, or none.
@@ -85,6 +96,7 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
     by_shots: Mapping[int, Layer] = field(default_factory=dict)
     by_dataset: Mapping[str, Layer] = field(default_factory=dict)
+    by_target: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
     template_use: TemplateUse = "dataset"
     tuned_on: TunedOn = "none"
@@ -108,19 +120,33 @@ class Recipe:
         own = {_plain(name): layer for name, layer in self.by_dataset.items()}
         if dataset is not None and _plain(dataset) in own:
             yield f"recipe {self.name}, dataset {dataset}", own[_plain(dataset)]
-        elif self.tuned_on == "per-dataset-config":
+        elif self.tuned_on == "per-dataset-config" and self.by_dataset:
             raise ConfigError(
                 f"Recipe {self.name!r} has settings for {', '.join(self.by_dataset)} only, none for {dataset!r}: choose"
                 f" another recipe of {self.method}, or --set what you need."
             )
 
+    def for_target(self, target: str) -> Mapping[str, Any]:
+        """What the method is set to while it answers for a target.
+
+        Raises:
+            ConfigError: The recipe has settings per target, and none for this one.
+        """
+        own = {_plain(name): settings for name, settings in self.by_target.items()}
+        if own and _plain(target) not in own:
+            raise ConfigError(
+                f"Recipe {self.name!r} has settings for the targets {', '.join(self.by_target)} only, none for"
+                f" {target!r}: leave that target out, or choose another recipe of {self.method}."
+            )
+        return own.get(_plain(target), {})
+
     def check_fits(self, method: str, protocol: str) -> None:
-        """Refuse the recipe for another method or protocol.
+        """Refuse the recipe for another method, or a protocol that trains otherwise.
 
         Raises:
             ConfigError: It was written for others.
         """
-        if (self.method, self.protocol) != (method, protocol):
+        if self.method != method or self.protocol not in (protocol, *STAND_INS.get(protocol, ())):
             raise ConfigError(
                 f"Recipe {self.name!r} is for {self.method} with {self.protocol}, not for {method} with {protocol}."
                 " 'adaptkit list recipes' shows which there are."
@@ -159,6 +185,7 @@ def list_recipes(method: str | None = None, protocol: str | None = None) -> tupl
     """
     folder = recipes_folder()
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = [name for name in names if not name.startswith(f"{SUITES_FOLDER}/")]
     return tuple(
         name
         for name in names
@@ -175,7 +202,12 @@ def find_recipe(method: str, protocol: str, variant: str = "") -> Recipe | None:
         'coop/few-shot-quick'
     """
     name = f"{method}/{protocol}" + (f"-{variant}" if variant else "")
-    return load_recipe(name) if name in list_recipes() else None
+    return load_recipe(name) if _is_known(name) else None
+
+
+def _is_known(name: str) -> bool:
+    plain = _KNOWN_NAME.fullmatch(name) and not name.startswith(f"{SUITES_FOLDER}/")
+    return bool(plain) and (recipes_folder() / f"{name}.yaml").is_file()
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -192,8 +224,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         if not path.is_file():
             raise MissingPathError(f"There is no recipe file {path}: check the path, or run 'adaptkit list recipes'.")
         return read_recipe(path, text)
-    known = list_recipes()
-    if text not in known:
+    if not _is_known(text):
+        known = list_recipes()
         hint = f"Run 'adaptkit list recipes' to see all {len(known)}, or give the path of a .yaml file."
         raise UnknownNameError.for_name("recipe", text, known, hint)
     return read_recipe(recipes_folder() / f"{text}.yaml", text)
@@ -205,6 +237,16 @@ def read_recipe(path: Path, name: str) -> Recipe:
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; all problems of the file are listed.
     """
+    try:
+        stat = path.stat()
+    except OSError:  # the reader says it in a sentence
+        return _read_recipe(path, name, ())
+    return _read_recipe(path, name, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=512)
+def _read_recipe(path: Path, name: str, state: tuple[int, ...]) -> Recipe:
+    """`state` changes with the file: a sweep asks for the same recipe for every run."""
     content = load_yaml(path)
     if "name" in content:
         raise ConfigError(f"Recipe {name}: its name is that of its file; remove the key 'name'.")

@@ -6,6 +6,7 @@ exists counts for nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import sys
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from adaptkit.methods.adapter import AdaptedModel
 
 SCHEMA_VERSION = 1
+SOURCE = "source"
+"""The part that holds the source's own test images, where there are targets."""
 RESULT_FILE = "result.json"
 PREDICTIONS_FILE = "predictions.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -34,7 +37,7 @@ _PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "scikit-
 
 @dataclass(frozen=True)
 class PartResult:
-    """Results on one part of the test split ("all", "base" or "novel").
+    """Results on one part of what was tested: "all", "base" and "novel", or "source" and the targets by name.
 
     Args:
         name: Which part.
@@ -44,6 +47,9 @@ class PartResult:
         metrics: Full-precision metrics as fractions (see `adaptkit.evaluation.metrics`).
         per_class: (correct, total) for each class, in class order.
         fallback: True where the method can't serve these classes and its predictions are zero-shot.
+        templates: For parts of another dataset than the one trained on: the templates its classes were described with;
+            empty where a learned prompt stood in their place.
+        class_names: The classes of the images, in label order, where they aren't those trained on.
     """
 
     name: str
@@ -53,6 +59,8 @@ class PartResult:
     metrics: dict[str, Any]
     per_class: tuple[tuple[int, int], ...]
     fallback: bool = False
+    templates: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -79,6 +87,23 @@ class RunKey:
     def digest(self) -> str:
         return digest_json(asdict(self))
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """How the task differs from the published protocol, for titles and warnings; empty where it doesn't."""
+        given = self.settings
+        marks = []
+        if "class_split" in given:
+            marks.append(f"random class split (seed {given['class_split']})")
+        if "class_halves" in given:
+            marks.append("class lists of one's own")
+        if given.get("joint"):
+            marks.append("joint: all classes are candidates for every image")
+        if given.get("masking") == "names":
+            marks.append("candidates by class list, not by masked logits")
+        if "target_settings" in given:
+            marks.append("settings chosen for each target")
+        return tuple(marks)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -88,7 +113,7 @@ class RunResult:
         schema_version: Version of this layout.
         key: Everything that changes the numbers.
         key_digest: Digest of `key`.
-        parts: Results by part of the test split.
+        parts: Results by part of what was tested.
         harmonic_mean: Of base and novel accuracy, None for other protocols.
         trained_parameters: How many numbers were trained.
         adapter_bytes: Size of what was learned, on disk.
@@ -136,18 +161,36 @@ class RunResult:
         raise DataError(f"This run has no part {name!r}; it has {', '.join(p.name for p in self.parts)}.")
 
     @property
+    def targets(self) -> tuple[PartResult, ...]:
+        """The parts of other datasets than the one trained on; empty where the protocol has none."""
+        return self.parts[1:] if self.parts[0].name == SOURCE else ()
+
+    @property
+    def target_average(self) -> float | None:
+        """Mean accuracy of the targets, the source left out; None without targets."""
+        return sum(part.accuracy for part in self.targets) / len(self.targets) if self.targets else None
+
+    @property
+    def drop(self) -> float | None:
+        """By how much the targets' average is below the source's accuracy, where they are shifted versions of it."""
+        shifted = self.key.protocol == "domain-generalisation" and self.target_average is not None
+        return self.parts[0].accuracy - self.target_average if shifted and self.target_average is not None else None
+
+    @property
     def score(self) -> float:
-        """What methods are ranked by: H where there is one, else accuracy."""
+        """What methods are ranked by: the targets' average or H where there is one, else accuracy."""
+        if self.target_average is not None:
+            return self.target_average
         return self.parts[0].accuracy if self.harmonic_mean is None else self.harmonic_mean
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """First choices on one part of the test split, image by image.
+    """First choices on one part of what was tested, image by image.
 
     Args:
         part: Which part.
-        index: Position in the test split, [n].
+        index: Position in its dataset's test split, [n].
         labels: True class within the part, [n].
         predicted: First choice, [n].
         confidence: Its probability, [n].
@@ -195,8 +238,14 @@ def adapter_facts(result: RunResult) -> dict[str, Any]:
         "few-shot digest": result.few_shot_digest,
     }
     for part in result.parts:
-        where = "" if part.name == "all" else f", {part.name} classes"
+        where = "" if part.name == "all" else f", {part.name}" if result.targets else f", {part.name} classes"
         facts[f"test accuracy{where}"] = f"{100 * part.accuracy:.1f} % of {part.total}"
+    if result.target_average is not None:
+        facts["test accuracy, mean of targets"] = f"{100 * result.target_average:.1f} %"
+    if result.drop is not None:
+        facts["drop from source to targets"] = f"{100 * result.drop:.1f} points"
+    if result.key.marks:
+        facts["marks"] = "; ".join(result.key.marks)
     if result.tuned_on not in ("none", "val"):
         facts["caution"] = f"settings were chosen on: {result.tuned_on}"
     return facts
@@ -234,19 +283,21 @@ def is_done(folder: str | Path, key: RunKey) -> bool:
 
 def environment(device: str, precision: str) -> dict[str, Any]:
     """Versions and hardware, for the result."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
         "precision": precision,
-        "versions": versions,
+        "versions": {package: _version(package) for package in _PACKAGES},
     }
+
+
+@functools.cache  # a sweep asks for every run, and each answer takes a millisecond
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def peak_memory_bytes() -> int:
@@ -265,6 +316,10 @@ def headline(result: RunResult) -> Mapping[str, Any]:
     numbers.update({part.name: part.accuracy for part in result.parts})
     if result.harmonic_mean is not None:
         numbers["H"] = result.harmonic_mean
+    if result.target_average is not None:
+        numbers["average"] = result.target_average
+    if result.drop is not None:
+        numbers["drop"] = result.drop
     numbers["trained_parameters"] = result.trained_parameters
     numbers["seconds"] = sum(result.seconds.values())
     return numbers

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adaptkit import __version__
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
+from adaptkit.backbones.stored import UNIDENTIFIED
 from adaptkit.config import from_mapping, to_mapping
 from adaptkit.errors import AdapterError, AdaptKitError, StorageError
 from adaptkit.methods import methods
@@ -195,6 +196,13 @@ def load_adapter(
     config = read_adapter_config(folder)
     method_class = methods.get(config.method)
     settings = from_mapping(method_class.config_class, config.config, where=f"{CONFIG_FILE}, config")
+    stored = config.backbone["digest"].startswith(UNIDENTIFIED)
+    if stored and (backbone is None or backbone.spec.digest != config.backbone["digest"]):
+        raise AdapterError(
+            f"{folder} was made from a file of features, which names {config.backbone['name']!r} and doesn't identify"
+            " its weights, so it can't answer images: run the method on that file again with --backbone naming the"
+            " model that made the features."
+        )
     if backbone is None:
         backbone = load_backbone(config.backbone["name"], device=device)
     if backbone.spec.digest != config.backbone["digest"]:

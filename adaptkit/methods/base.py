@@ -20,6 +20,7 @@ from adaptkit.types import (
     FitTask,
     Inputs,
     NovelClasses,
+    OtherDataset,
     ProgressCallback,
     Reads,
     TrainingLoop,
@@ -43,6 +44,8 @@ def zero_shot_weights(backbone: Backbone, names: Sequence[str], templates: Seque
     Source: datasets sheet, section 6 (arXiv 2103.00020).
     """
     prompts = [prompt for template in templates for prompt in render_prompts(names, template)]
+    if backbone.texts_length is not None and len(templates) == 1:
+        return backbone.text_features(prompts) / backbone.texts_length
     features = F.normalize(backbone.text_features(prompts), dim=-1)  # [templates · classes, dim]
     return F.normalize(torch.unflatten(features, 0, (len(templates), len(names))).mean(dim=0), dim=-1)  # [classes, dim]
 
@@ -67,6 +70,8 @@ class Method(nn.Module):
             Not every method that has them trains by gradient (Tip-Adapter only reads the views): see `GradientMethod`.
         name: Its registered name; `adaptkit.methods.methods.get` sets nothing, the class says it.
         needs_text: Whether the backbone must have a text encoder.
+        needs_mllm: Whether the backbone must be a multimodal language model.
+        keeps_images: Whether it stores training images: an adapter is then as large as they are.
         reads_descriptions: Whether it reads sentences about classes: "never", "optional" (it uses those it is given)
             or "needed".
         transductive: Whether an image's logits depend on the others of its batch: tests then come in one batch, or in
@@ -74,6 +79,14 @@ class Method(nn.Module):
         scores_by_class_list: Whether a class's logits depend on which other classes are asked for (APE chooses its
             channels for a list of classes); usually a subset's logits are those of all, picked out.
         tunes_towers: Whether it trains copies of a tower's own weights: an adapter is then as large as the backbone.
+        mixes_classes: Whether it can choose between fitted classes and others; where it answers others zero-shot, it
+            never can.
+        fixed_templates: Whether it brings templates of its own, and takes no others.
+        settable: Settings that another dataset may have values of its own for (see `OtherDataset`).
+        other: What is known of the other dataset that the current classes and the images belong to; None for the one it
+            was fitted on.
+        writes_texts: Whether it needs a text encoder for texts of its own, or trains through one: stored features of
+            prompts and sentences don't serve it.
     """
 
     name: ClassVar[str]
@@ -82,10 +95,17 @@ class Method(nn.Module):
     novel_classes: NovelClasses = "open"
     default_training: ClassVar[TrainingSettings | None] = None
     needs_text: ClassVar[bool] = True
+    needs_mllm: ClassVar[bool] = False
+    keeps_images: ClassVar[bool] = False
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "never"
     transductive: ClassVar[bool] = False
     scores_by_class_list: ClassVar[bool] = False
     tunes_towers: ClassVar[bool] = False
+    mixes_classes: ClassVar[bool] = True
+    fixed_templates: ClassVar[bool] = False
+    settable: ClassVar[tuple[str, ...]] = ()
+    other: OtherDataset | None = None
+    writes_texts: ClassVar[bool] = False
     _zero_shot_memo: tuple[Any, Tensor] | None = None
 
     def __init__(
@@ -103,6 +123,11 @@ class Method(nn.Module):
         self.config = self.config_class() if config is None else config
         if not isinstance(self.config, self.config_class):
             raise ConfigError(f"{self.name} takes a {self.config_class.__name__}, not a {type(self.config).__name__}.")
+        if self.needs_mllm and not backbone.is_mllm:
+            raise UnsupportedError(
+                f"{self.name} asks a multimodal language model, and {backbone.spec.name!r} isn't one: choose a backbone"
+                " such as 'transformers:Qwen/Qwen2.5-VL-3B-Instruct', or a method for CLIP-like backbones (zero-shot)."
+            )
         if self.needs_text and not backbone.has_text:
             raise UnsupportedError(
                 f"{self.name} compares images with class names, and {backbone.spec.name!r} has no text encoder:"
@@ -115,8 +140,11 @@ class Method(nn.Module):
         self.descriptions = check_descriptions(descriptions or {}) if reads else {}
         self._require_descriptions(self.fitted_names)
         self.uses_fallback = False
+        self.register_forward_pre_hook(_require_finite_inputs)
         self.generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger ones
+        self._text_changes = 0  # of templates and descriptions, counted
         self.build()
+        self._own_texts = (self.templates, self.descriptions)
         self.to(backbone.device)
         self.set_classes(class_names)
         self.eval()  # only a training loop puts it into training mode
@@ -145,6 +173,10 @@ class Method(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [batch, classes] of unnormalised features [batch, dim] or pixels [batch, 3, h, w] (see `reads`)."""
         raise NotImplementedError(f"{type(self).__name__} doesn't define forward.")
+
+    def answer_facts(self) -> dict[str, Any]:
+        """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
+        return {}
 
     def fold(self) -> Fold:
         """What answering needs for the current classes, and no more; call it without gradients.
@@ -203,39 +235,65 @@ class Method(nn.Module):
 
     # --- what every method has ----------------------------------------------------------------------------------------
 
-    def set_classes(self, names: Sequence[str]) -> Method:
+    def set_classes(self, names: Sequence[str], other: OtherDataset | None = None) -> Method:
         """Predict among `names` from now on; returns itself.
 
         A subset of the fitted classes is always served by what was learned. What happens with others depends on
         `novel_classes`: they are served ("open"), all predictions become zero-shot and `uses_fallback` is set
         ("zero-shot"), or they are refused ("refused").
 
+        Args:
+            names: The classes, in the order of the logits.
+            other: The dataset that the classes and the images belong to, where it isn't the one fitted on. Classes that
+                happen to be called like fitted ones may then stand beside others: all of them count as new.
+
         Raises:
             UnsupportedError: Novel classes for a method that refuses them, or fitted and novel classes mixed for a
                 method whose scores for the two aren't comparable.
+            ConfigError: `other` has settings that this method can't take.
         """
         names = check_names(names)
-        self._require_descriptions(names)
-        novel = [name for name in names if name not in set(self.fitted_names)]
-        if novel and self.novel_classes == "refused":
-            raise UnsupportedError(
-                f"{self.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
-                " fit it on these classes, or choose an open-vocabulary method."
-            )
-        mixed = novel and len(novel) < len(names)
-        if mixed and self.novel_classes == "zero-shot":
-            raise UnsupportedError(
-                f"{self.name} scores fitted classes and zero-shot ones on different scales, so it can't choose between"
-                f" {names[0]!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
-            )
-        before = (self.class_names, self.uses_fallback)
-        self.class_names, self.uses_fallback = names, bool(novel) and self.novel_classes == "zero-shot"
+        before = (self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions)
+        self._describe(other)
         try:
+            self._require_descriptions(names)
+            novel = check_novel(type(self), self.fitted_names, names, other is not None, self.novel_classes)
+            self.class_names, self.uses_fallback = names, novel and self.novel_classes == "zero-shot"
             self.classes_changed()
         except Exception:  # a name that doesn't fit, for one: go on with the classes from before
-            self.class_names, self.uses_fallback = before
+            self.class_names, self.uses_fallback, self.other, self.templates, self.descriptions = before
+            self._text_changes += 1
             raise
         return self
+
+    def _describe(self, other: OtherDataset | None) -> None:
+        """Take the other dataset's texts, or one's own again."""
+        if other is self.other:
+            return
+        templates, descriptions = self._own_texts
+        if other is not None:
+            unknown = sorted(set(other.settings) - set(self.settable))
+            if unknown:
+                raise ConfigError(
+                    f"{self.name} takes no {unknown[0]!r} for another dataset; it takes"
+                    f" {', '.join(self.settable) or 'no settings there'}."
+                )
+            templates = templates if self.fixed_templates else check_templates(other.templates)
+            reads = self.reads_descriptions != "never"
+            descriptions = check_descriptions(other.descriptions) if reads else descriptions
+        self.other, self.templates, self.descriptions = other, templates, descriptions
+        self._text_changes += 1
+
+    @property
+    def texts_key(self) -> tuple[Any, ...]:
+        """Names whatever is made of the current classes' names, templates and descriptions, and kept."""
+        return (self.class_names, self._text_changes, self.backbone.device)
+
+    @property
+    def all_novel(self) -> bool:
+        """Whether every current class counts as new."""
+        novel = [name not in set(self.fitted_names) for name in self.class_names]
+        return all(novel) or (self.other is not None and any(novel))
 
     def _require_descriptions(self, names: Sequence[str]) -> None:
         """Refuse classes that no sentence describes, for methods that need them."""
@@ -260,7 +318,7 @@ class Method(nn.Module):
 
     def zero_shot(self) -> Tensor:
         """The zero-shot classifier [classes, dim] of the current classes, unit rows; remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._zero_shot_memo is None or self._zero_shot_memo[0] != key:
             # made in inference mode, or in half precision, it couldn't serve training
             exact = torch.autocast(self.backbone.device.type, enabled=False)
@@ -347,6 +405,41 @@ class Method(nn.Module):
         self.load_adapter_state(own)
 
 
+def check_novel(
+    kind: type[Method],
+    fitted: Sequence[str],
+    names: Sequence[str],
+    elsewhere: bool = False,
+    novel_classes: NovelClasses | None = None,
+) -> bool:
+    """Whether a method answers `names` as classes it wasn't fitted on.
+
+    Args:
+        kind: The method.
+        fitted: The classes it is fitted on.
+        names: The classes it is asked for.
+        elsewhere: Whether they belong to another dataset.
+        novel_classes: What an instance does with novel classes; None for the kind's usual answer.
+
+    Raises:
+        UnsupportedError: It refuses them, or can't choose between fitted classes and others.
+    """
+    does, known = novel_classes or kind.novel_classes, set(fitted)
+    novel = [name for name in names if name not in known]
+    if novel and does == "refused":
+        raise UnsupportedError(
+            f"{kind.name} was fitted with weights for its own classes only and can't predict {novel[0]!r}:"
+            " fit it on these classes, or choose an open-vocabulary method."
+        )
+    if 0 < len(novel) < len(names) and not elsewhere and (does == "zero-shot" or not kind.mixes_classes):
+        own = next(name for name in names if name in known)
+        raise UnsupportedError(
+            f"{kind.name} scores the classes it was fitted on and others on different scales, so it can't choose"
+            f" between {own!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit it on all."
+        )
+    return bool(novel)
+
+
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
     """Class names as a tuple, refusing none at all, empty ones and duplicates."""
     names = tuple(names)
@@ -394,6 +487,27 @@ def draw_normal(shape: Sequence[int], std: float, numbers: torch.Generator) -> n
     return nn.Parameter(torch.randn(tuple(shape), generator=numbers) * std)
 
 
+def require_finite(values: Tensor, what: str = "Image") -> None:
+    """Refuse features [n, dim] or pixels [n, 3, h, w] that aren't finite.
+
+    Raises:
+        DataError: A value isn't finite; the message says of which image.
+    """
+    wrong = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
+    if len(wrong):
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        kind = "features" if values.dim() == 2 else "pixels"
+        raise DataError(
+            f"{what} {int(wrong[0])}{others} has {kind} that aren't finite: check the image, or encode in fp32."
+        )
+
+
+def _require_finite_inputs(method: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Before every answer: one bad row would spoil a whole transductive batch, and look like a class elsewhere."""
+    if not (method.training or torch.compiler.is_compiling()):
+        require_finite(given[0])
+
+
 def read_all(inputs: Inputs, view: int = 0) -> Tensor:
     """All inputs in one view, fp32, in order: features [n, dim] or pixels [n, 3, h, w].
 
@@ -401,12 +515,7 @@ def read_all(inputs: Inputs, view: int = 0) -> Tensor:
         DataError: A value isn't finite; the message says of which image.
     """
     values = inputs.select(torch.arange(len(inputs.labels)), view).detach().float()
-    wrong = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
-    if len(wrong):
-        raise DataError(
-            f"Image {int(wrong[0])} (and {len(wrong) - 1} more) has features that aren't finite: check the image, or"
-            " encode in fp32."
-        )
+    require_finite(values)
     return values
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.errors import ConfigError, DataError, TrainingError
-from adaptkit.methods.base import GradientMethod, Method, ParameterGroup, total_loss
+from adaptkit.methods.base import GradientMethod, Method, ParameterGroup, require_finite, total_loss
 from adaptkit.training.schedule import SCHEDULES, learning_rate
 from adaptkit.training.seeding import generator, seeded
-from adaptkit.types import FitTask, Inputs, ProgressCallback, TrainingSettings
+from adaptkit.types import FitTask, Inputs, ProgressCallback, TensorInputs, TrainingSettings
 
 _PROGRESS_SECONDS = 0.2  # a terminal needs no more than five updates a second
 _FIRST_LOSS_SCALE = 2.0**10  # torch starts at 2¹⁶ and skips steps until it fits; few shots have no steps to spare
@@ -34,7 +34,7 @@ def fit_method(
     settings: TrainingSettings | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Fit any method on a task, in place; returns the facts of the fit.
+    """Fit any method on a task, in place; returns the facts of the fit. Inputs that aren't finite are refused here.
 
     Args:
         method: Made for the task's classes.
@@ -44,6 +44,10 @@ def fit_method(
     """
     if method.fitted_names != tuple(task.class_names):
         raise DataError(f"{method.name} was made for other classes than the task's: make it with the task's names.")
+    for inputs, what in ((task.train, "Training image"), (task.val, "Validation image")):
+        if isinstance(inputs, TensorInputs):  # others are looked at as they are made
+            for values in inputs.values:
+                require_finite(values, what)
     method.set_classes(method.fitted_names)
     return method.fit(task, GradientLoop(settings or method.default_training or TrainingSettings(), progress))
 
@@ -60,6 +64,10 @@ class GradientLoop:
         self.settings = settings or TrainingSettings()
         self.progress = progress
         check_settings(self.settings)
+
+    def with_settings(self, settings: TrainingSettings) -> GradientLoop:
+        """The same loop under other settings."""
+        return GradientLoop(settings, self.progress)
 
     def __call__(self, method: GradientMethod, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place.
@@ -113,6 +121,7 @@ def check_settings(settings: TrainingSettings) -> None:
             ("weight_decay", settings.weight_decay, "0 or more", 0 <= settings.weight_decay < math.inf),
             ("momentum", settings.momentum, "at least 0 and below 1", 0 <= settings.momentum < 1),
             ("eps", settings.eps, "a positive number", 0 < settings.eps < math.inf),
+            ("colour_jitter", settings.colour_jitter, "at least 0 and at most 1", 0 <= settings.colour_jitter <= 1),
             ("optimiser", settings.optimiser, "sgd, adam or adamw", settings.optimiser in ("sgd", "adam", "adamw")),
             ("precision", settings.precision, "fp32, bf16 or fp16", settings.precision in ("fp32", "bf16", "fp16")),
             ("schedule", settings.schedule, f"one of {', '.join(SCHEDULES)}", settings.schedule in SCHEDULES),

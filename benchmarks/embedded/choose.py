@@ -23,8 +23,9 @@ from adaptkit.commands._options import NameList
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import Dataset, TestSplit, ValSplit, require_split
-from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.statistics import summarise
+from adaptkit.evaluation.tasks import make_task
 from benchmarks.embedded.__main__ import DATASETS, SEEDS, SHOTS
 
 

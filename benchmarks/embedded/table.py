@@ -1,4 +1,4 @@
-"""Results of the embedded runs as one Markdown page: means over seeds, and what should hold."""
+"""Results of the embedded runs as Markdown pages: means over seeds, and what should hold."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from adaptkit.evaluation.statistics import Summary, summarise
 
 Scores = dict[str, Any]
-"""One run: dataset, method, seed, base, novel, h (fractions), trained, seconds."""
+"""One run: dataset, method, shots, seed, accuracy by part (all; or base, novel and h; fractions), trained, seconds."""
 
 REGULARISED = ("kgcoop", "promptsrc", "mmrl", "maple")
 
 
-def markdown(runs: Sequence[Scores], shots: int) -> str:
+def base_to_novel_page(runs: Sequence[Scores], shots: int) -> str:
     """The page: a table for each dataset, then the two rules with where they hold."""
     seeds = sorted({run["seed"] for run in runs})
     lines = [
@@ -68,3 +68,46 @@ def _rules(runs: Sequence[Scores]) -> Iterator[str]:
 def _loss(runs: Sequence[Scores], method: str) -> float:
     """Novel accuracy given up against zero-shot, a fraction; negative where it was gained."""
     return _summary(runs, "zero-shot", "novel").mean - _summary(runs, method, "novel").mean
+
+
+# --- few-shot -----------------------------------------------------------------------------------------------------
+
+
+def few_shot_page(runs: Sequence[Scores]) -> str:
+    """The page: a table of methods by shots for each dataset, then which trained methods don't reach zero-shot."""
+    seeds = sorted({run["seed"] for run in runs})
+    lines = [
+        "<!-- written by: python -m benchmarks.embedded --protocol few-shot -->",
+        "# Adapters, caches, LoRA, descriptions and transduction on the embedded backbone",
+        "",
+        f"Few-shot (all classes), seeds {', '.join(map(str, seeds))}: mean ± sample standard deviation of the test"
+        " accuracy in percent. Gain is over zero-shot at the most shots; seconds are of one such run.",
+        "The backbone and the drawn datasets are adaptkit's own: nothing here compares with published figures.",
+    ]
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        lines += ["", f"## {dataset}", "", *_few_shot_table([run for run in runs if run["dataset"] == dataset])]
+    return "\n".join([*lines, "", "## Trained, and not above zero-shot at the most shots", "", *_not_above(runs), ""])
+
+
+def _few_shot_table(runs: Sequence[Scores]) -> Iterator[str]:
+    shots = sorted({run["shots"] for run in runs})
+    most = [run for run in runs if run["shots"] == shots[-1]]
+    yield f"| method | {' | '.join(map(str, shots))} | gain | trained | seconds |"
+    yield "|---" * (len(shots) + 4) + "|"
+    for method in dict.fromkeys(run["method"] for run in runs):
+        cells = [_shown(_summary([run for run in runs if run["shots"] == count], method, "all")) for count in shots]
+        gain = _summary(most, method, "all").mean - _summary(most, "zero-shot", "all").mean
+        trained = next(run["trained"] for run in most if run["method"] == method)
+        seconds = _summary(most, method, "seconds").mean
+        yield f"| {method} | {' | '.join(cells)} | {100 * gain:+.1f} | {trained:,} | {seconds:.1f} |"
+
+
+def _not_above(runs: Sequence[Scores]) -> Iterator[str]:
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        most = max(run["shots"] for run in runs)
+        own = [run for run in runs if run["dataset"] == dataset and run["shots"] == most]
+        least = _summary(own, "zero-shot", "all").mean
+        trained = dict.fromkeys(run["method"] for run in own if run["trained"])
+        means = {method: _summary(own, method, "all").mean for method in trained}
+        below = [f"{method} ({100 * mean:.1f})" for method, mean in means.items() if mean <= least]
+        yield f"- {dataset} (zero-shot {100 * least:.1f}): {', '.join(below) or 'none'}"

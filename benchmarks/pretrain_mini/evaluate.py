@@ -17,8 +17,9 @@ from adaptkit.backbones.load import load_backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.synthetic import EMBEDDED
-from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.statistics import summarise
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods.base import zero_shot_weights
 from adaptkit.storage import write_json
 

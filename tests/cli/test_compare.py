@@ -12,8 +12,11 @@ import pytest
 
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.commands import _console
-from adaptkit.commands.compare import FAST_METHODS
+from adaptkit.commands.compare import DESCRIBED_METHODS, FAST_METHODS
 from adaptkit.evaluation.results import read_run
+from adaptkit.methods import methods
+from tests.cli.conftest import CLASSES
+from tests.quick import sentences
 
 QUICK = ("--shots", 4, "--set", "training.epochs=1", "--set", "beta_steps=3", "--set", "alpha_steps=3")
 
@@ -65,13 +68,7 @@ def test_the_default_methods_share_one_pass_and_a_second_time_nothing_is_encoded
     assert plain == 4 * (4 + 2 + 2)
     views = counted["tip-adapter"] // 16
     assert views >= 1
-    assert counted == {
-        "zero-shot": plain,
-        "linear-probe": 0,
-        "tip-adapter": 16 * views,
-        "tip-adapter-f": 0,
-        "clip-adapter": 0,
-    }
+    assert counted == {**dict.fromkeys(FAST_METHODS, 0), "zero-shot": plain, "tip-adapter": 16 * views}
     encoded.clear()
     assert compare(*QUICK) == printed
     assert encoded == []
@@ -79,6 +76,34 @@ def test_the_default_methods_share_one_pass_and_a_second_time_nothing_is_encoded
     assert encoded == []
     assert set(by_method(other, "images_encoded").values()) == {0}
     assert by_method(other, "parts") == by_method(printed, "parts")
+
+
+def test_the_default_methods_are_fast_and_answer_image_by_image():
+    kinds = [methods.get(name) for name in (*FAST_METHODS, *DESCRIBED_METHODS)]
+    assert len(kinds) == len(set(kinds)) == 15
+    assert {kind.reads for kind in kinds} == {"image_features"}
+    assert not any(kind.transductive for kind in kinds)
+    assert [kind.name for kind in kinds if kind.reads_descriptions == "needed"] == list(DESCRIBED_METHODS)
+
+
+def test_described_classes_add_the_methods_that_read_sentences(compare, tmp_path):
+    (tmp_path / "some.json").write_text(json.dumps(sentences(list(CLASSES)[1:])), encoding="utf-8")
+    (tmp_path / "all.json").write_text(json.dumps(sentences(CLASSES)), encoding="utf-8")
+    some = compare(*QUICK, "--descriptions", tmp_path / "some.json", "--allow-undescribed")
+    assert sorted(by_method(some, "parts")) == sorted(FAST_METHODS)
+    every = compare(*QUICK, "--descriptions", tmp_path / "all.json", out="described")
+    assert sorted(by_method(every, "parts")) == sorted((*FAST_METHODS, *DESCRIBED_METHODS))
+
+
+def test_transductive_methods_are_marked_and_not_chosen_before_others(compare, call, photos, tmp_path):
+    printed = compare("--shots", 4, "--methods", "zero-shot,transclip,em-dirichlet,waffleclip")
+    assert sorted(printed["transductive"]) == ["em-dirichlet", "transclip"]
+    assert printed["best"] == "waffleclip"
+    words = ("--shots", 4, "--methods", "zero-shot,transclip,waffleclip")
+    table = call("compare", photos, "--out", tmp_path / "out", *words).output.replace("\n", " ")
+    assert "transclip†" in table
+    assert "† answers all test images together" in table
+    assert compare("--shots", 4, "--methods", "zero-shot,transclip")["best"] == "transclip"  # nothing else is there
 
 
 def test_base_to_novel_is_ranked_by_h(compare, call, photos, tmp_path):
@@ -94,7 +119,8 @@ def test_base_to_novel_is_ranked_by_h(compare, call, photos, tmp_path):
     assert table.exit_code == 0, table.output
     for title in ("base", "novel", "H", "gain", "trained", "seconds"):
         assert title in table.output
-    assert "* zero-shot: the method has no answer of its own for novel classes" in table.output.replace("\n", " ")
+    said = " ".join(table.output.split())
+    assert "* zero-shot: the method has no answer of its own for classes it never saw" in said
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

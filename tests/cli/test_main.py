@@ -24,13 +24,13 @@ def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str
 
 def test_every_command_shows_an_example_and_most_print_json(call):
     commands = leaves(main)
-    assert len(commands) == len(_VERBS) + 2  # data has two of its own
+    assert len(commands) == len(_VERBS) + 11  # data has five of its own, features two, sweep four
     for words in commands:
         outcome = call(*words, "--help")
         assert outcome.exit_code == 0, words
         assert "Example" in outcome.output, words
         assert f"adaptkit {' '.join(words)}" in outcome.output, words
-        assert ("--json" in outcome.output) == (words != ("data",)), words
+        assert ("--json" in outcome.output) == (words not in (("data",), ("features",), ("sweep",))), words
 
 
 def test_the_group_lists_its_verbs_and_version(call):

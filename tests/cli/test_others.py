@@ -150,7 +150,7 @@ def test_doctor(call, monkeypatch, tmp_path):
 
 
 def test_every_verb_has_an_example(call):
-    assert len(_VERBS) == 10
+    assert len(_VERBS) >= 10
     for verb in _VERBS:
         outcome = call(verb, "--help")
         assert outcome.exit_code == 0

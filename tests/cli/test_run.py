@@ -14,7 +14,7 @@ from adaptkit import storage
 from adaptkit.evaluation.results import read_run
 from adaptkit.methods import methods
 from tests.cli.conftest import CLASSES
-from tests.quick import description_words, quick_overrides
+from tests.quick import backbone_words, description_words, quick_overrides
 
 
 @pytest.mark.parametrize("protocol", ["few-shot", "base-to-novel"])
@@ -22,7 +22,7 @@ from tests.quick import description_words, quick_overrides
 def test_every_method_runs(call, photos, tmp_path, method, protocol):
     out = tmp_path / "out"
     words = ["run", photos, "--method", method, "--shots", 4, "--protocol", protocol, "--out", out, "--json"]
-    words += description_words(method, CLASSES, tmp_path)
+    words += [*description_words(method, CLASSES, tmp_path), *backbone_words(method)]
     outcome = call(*words, *(word for setting in quick_overrides(method) for word in ("--set", setting)))
     assert outcome.exit_code == 0, outcome.output
     printed, result = json.loads(outcome.stdout), read_run(out)

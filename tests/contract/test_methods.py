@@ -1,4 +1,5 @@
-"""Every registered method through the same behaviours, on a tiny random CLIP. A new method is covered as it is added.
+"""Every registered method through the same behaviours, on a tiny random CLIP or MLLM. A new method is covered
+as it is added.
 
 What a method may do differently it declares: what it reads, what it does with classes it never saw, whether it needs
 text; methods that look at all test images together live in the folder "transductive".
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,15 +19,30 @@ from adaptkit.errors import AdapterError, AdaptKitError, ConfigError, DataError,
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig
 from adaptkit.training.loop import fit_method
+from adaptkit.types import OtherDataset
+from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, closed_text, image_only, make_task, query, tiny_clip
 
 ALL = tuple(methods)
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    """Twelve layers, so that every method's default depth fits."""
-    return tiny_clip(layers=12)
+@lru_cache(maxsize=2)
+def backbone_for(mllm):
+    """A multimodal language model, or a CLIP of twelve layers, so that every method's default depth fits."""
+    return tiny_mllm.load("llava") if mllm else tiny_clip(layers=12)
+
+
+def suitable(name):
+    return backbone_for(methods.get(name).needs_mllm)
+
+
+@pytest.fixture
+def backbone(name):
+    return suitable(name)
+
+
+def any_mllm():
+    return backbone_for(True)
 
 
 def make(backbone, name, seed=0, names=NAMES):
@@ -33,6 +50,8 @@ def make(backbone, name, seed=0, names=NAMES):
     config = kind.config_class()
     if hasattr(config, "epochs"):  # it trains in a loop of its own
         config = replace(config, epochs=min(config.epochs, 2))
+    if hasattr(config, "examples"):  # as many as fit into the tiny model's context
+        config = replace(config, examples=2)
     return kind(backbone, names, config=config, seed=seed, descriptions=DESCRIPTIONS)
 
 
@@ -47,9 +66,9 @@ def fitted(backbone, name, seed=0, **task):
 
 
 @pytest.fixture(scope="module", params=ALL)
-def case(request, backbone):
+def case(request):
     """A fitted method with its name and report; put back to its own classes before each use."""
-    method, report = fitted(backbone, request.param)
+    method, report = fitted(suitable(request.param), request.param)
     return request.param, method, report
 
 
@@ -134,7 +153,8 @@ def test_state_goes_into_a_new_instance(backbone, name, method):
     inputs = query(backbone, method.reads)
     assert torch.equal(predict(other, inputs), predict(method, inputs))
     limit = 1.01 if method.tunes_towers else 0.2  # of the backbone's size
-    assert sum(v.numel() for v in state.values()) < limit * sum(p.numel() for p in backbone.parameters())
+    images = 4 * len(NAMES) * inputs[0].numel() * method.keeps_images
+    assert sum(v.numel() for v in state.values()) - images < limit * sum(p.numel() for p in backbone.parameters())
 
 
 def test_a_state_that_does_not_fit_is_refused(backbone, name, method):
@@ -193,6 +213,29 @@ def test_classes_it_never_saw(backbone, method):
     assert torch.equal(predict(method.set_classes(NAMES), inputs), own)
 
 
+def test_another_datasets_texts_come_and_go(backbone, name, method):
+    """Its classes are answered with its templates, as if they had been there from the start; then all is as before."""
+    inputs, other = query(backbone, method.reads), OtherDataset(("a sketch of {}", "{}!"), DESCRIPTIONS)
+    own, (templates, descriptions) = predict(method, inputs), (method.templates, method.descriptions)
+    if method.novel_classes == "refused":
+        with pytest.raises(UnsupportedError):
+            method.set_classes(NOVEL, other)
+    else:
+        twin = type(method)(backbone, NAMES, templates=other.templates, config=method.config, descriptions=DESCRIPTIONS)
+        twin.load_adapter_state(method.adapter_state())
+        answered = predict(method.set_classes(NOVEL, other), inputs)
+        torch.testing.assert_close(answered, predict(twin.set_classes(NOVEL), inputs))
+        assert method.uses_fallback == (method.novel_classes == "zero-shot")
+        mixed = predict(method.set_classes((NAMES[0], *NOVEL), other), inputs)  # called alike, but another class
+        assert mixed.shape == (len(inputs), 1 + len(NOVEL))
+        assert method.uses_fallback == (method.novel_classes == "zero-shot")
+    with pytest.raises(ConfigError, match="another dataset"):
+        method.set_classes(NAMES, OtherDataset(settings={"colour": 1}))
+    predict(method.set_classes(NAMES, other), inputs)
+    assert torch.equal(predict(method.set_classes(NAMES), inputs), own)
+    assert (method.templates, method.descriptions) == (templates, descriptions)
+
+
 def test_a_subset_of_its_classes_is_always_served(backbone, name, method):
     inputs = query(backbone, method.reads)
     full = predict(method, inputs)
@@ -233,9 +276,9 @@ def test_errors_are_ours(backbone, name):
         kind(backbone, NAMES, templates=("a photo",))
 
 
-@pytest.mark.parametrize("other", [image_only, closed_text])
+@pytest.mark.parametrize("other", [image_only, closed_text, any_mllm, tiny_clip])
 def test_backbones_it_cannot_use_are_refused_at_once(other, name):
-    """A backbone without text, or one that can't be opened: it works whole, or is refused when the method is made."""
+    """Without text, with towers that stay closed, an MLLM or none: it works whole, or is refused when it is made."""
     backbone = other()
     try:
         method = make(backbone, name)

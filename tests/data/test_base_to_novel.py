@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from adaptkit.data.base_to_novel import split_base_novel
+from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.data.few_shot import sample_few_shot
-from adaptkit.data.sources import COOP_DATASETS, load_dataset
+from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import TestSplit, TrainSplit
 from adaptkit.errors import DataError
 from tests.data.pictures import make_test, make_train
@@ -99,7 +100,7 @@ def test_base_and_novel_share_the_all_class_draw():
 def test_published_halves():
     checked = 0
     for name, (names, sizes) in PUBLISHED.items():
-        dataset = load_dataset(Path(SPLITS) / COOP_DATASETS[name].json)
+        dataset = load_dataset(Path(SPLITS) / CATALOGUE[name].json)
         base, novel = split_base_novel(dataset.train.labels, len(dataset.class_names))
         halves = base.names(dataset.stored_names), novel.names(dataset.stored_names)
         assert (halves[0][0], halves[0][-1], halves[1][0], halves[1][-1]) == names

@@ -217,8 +217,8 @@ def test_splits_of_one_pool_share_their_features(store: FeatureStore) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [ViewSettings(seed=1), ViewSettings(crop_scale=0.5), ViewSettings(flip=False)],
-    ids=["seed", "crop_scale", "flip"],
+    [ViewSettings(seed=1), ViewSettings(crop_scale=0.5), ViewSettings(flip=False), ViewSettings(colour_jitter=0.4)],
+    ids=["seed", "crop_scale", "flip", "colour_jitter"],
 )
 def test_other_view_settings_encode_again_but_not_the_plain_view(
     store: FeatureStore, split: TrainSplit, settings: ViewSettings
@@ -624,7 +624,9 @@ def test_settings_out_of_range_are_refused(
         store.features(Counting(), split, **given)
 
 
-@pytest.mark.parametrize("given", [{"crop_scale": 0}, {"crop_scale": 1.5}, {"crop_scale": "a"}, {"seed": 0.5}])
+@pytest.mark.parametrize(
+    "given", [{"crop_scale": 0}, {"crop_scale": 1.5}, {"crop_scale": "a"}, {"seed": 0.5}, {"colour_jitter": 2}]
+)
 def test_view_settings_out_of_range_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ViewSettings(**given)

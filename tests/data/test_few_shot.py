@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.data.few_shot import SAMPLERS, group_by_label, sample_few_shot
-from adaptkit.data.sources import COOP_DATASETS, load_dataset
+from adaptkit.data.sources import load_dataset
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
 from tests.data.pictures import make_test, make_train, make_val
 
@@ -60,8 +61,8 @@ def test_fixture_file_is_whole():
 @pytest.mark.skipif(not SPLITS, reason="ADAPTKIT_SPLITS_DIR isn't set: no published split files")
 def test_published_image_lists():
     loaded = {}
-    for name, known in COOP_DATASETS.items():
-        if (Path(SPLITS) / known.json).is_file():
+    for name, known in CATALOGUE.items():
+        if known.json and (Path(SPLITS) / known.json).is_file():
             loaded[name] = load_dataset(Path(SPLITS) / known.json)
     compared = 0
     for row in fixture_rows():

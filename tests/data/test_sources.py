@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.data.checks import check_dataset
 from adaptkit.data.few_shot import sample_few_shot
 from adaptkit.data.sources import (
-    COOP_DATASETS,
     from_torch_dataset,
     known_names,
     load_dataset,
@@ -69,13 +69,11 @@ def test_descriptions_follow_display_names():
 def test_known_names():
     names = known_names()
     assert list(names) == sorted(names)
-    assert set(names) == set(EMBEDDED) | set(COOP_DATASETS)
-    assert len(COOP_DATASETS) == 9
+    assert set(names) == set(EMBEDDED) | set(CATALOGUE)
+    assert len(CATALOGUE) == 29
 
 
-@pytest.mark.parametrize(
-    ("name", "part"), [("shaps", "'shapes'"), ("eurosta", "'eurosat'"), ("imagenet", "no split file")]
-)
+@pytest.mark.parametrize(("name", "part"), [("shaps", "'shapes'"), ("eurosta", "'eurosat'"), ("imagnet", "'imagenet'")])
 def test_unknown_names(name, part):
     with pytest.raises(UnknownNameError, match=f"Unknown dataset '{name}'") as caught:
         load_dataset(name)
@@ -521,22 +519,30 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path):
 
 def coop_tree(root: Path, name: str = "eurosat") -> Path:
     """A tiny data root in CoOp's layout."""
-    known = COOP_DATASETS[name]
+    known = CATALOGUE[name]
     for split in GOOD:
         for path, _, _ in GOOD[split]:
-            save_picture(root / known.folder / known.images / path)
-    write(root / known.folder / known.json, json.dumps(GOOD))
+            save_picture(root / known.layouts[0].image_path / path)
+    write(root / known.layouts[0].folder / known.json, json.dumps(GOOD))
     return root
 
 
-@pytest.mark.parametrize("name", sorted(COOP_DATASETS))
+WITH_SPLIT_FILE = sorted(name for name, known in CATALOGUE.items() if known.json)
+
+
+def test_nine_have_a_split_file():
+    assert len(WITH_SPLIT_FILE) == 9
+
+
+@pytest.mark.parametrize("name", WITH_SPLIT_FILE)
 def test_registry_names(name, tmp_path, monkeypatch):
     dataset = load_dataset(name, data_root=coop_tree(tmp_path, name))
     assert dataset.name == name
     assert check_dataset(dataset).problems == []
     monkeypatch.setenv("ADAPTKIT_DATA_ROOT", str(tmp_path))
     assert load_dataset(name).digest == dataset.digest
-    assert load_dataset(tmp_path / COOP_DATASETS[name].folder / COOP_DATASETS[name].json).templates == dataset.templates
+    file = tmp_path / CATALOGUE[name].layouts[0].folder / CATALOGUE[name].json
+    assert load_dataset(file).templates == dataset.templates
 
 
 def test_a_changed_split_file_is_noted(tmp_path):

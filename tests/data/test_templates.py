@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from adaptkit.data.sources import COOP_DATASETS, load_dataset
+from adaptkit.data.catalogue import CATALOGUE
+from adaptkit.data.sources import load_dataset
 from adaptkit.data.synthetic import EMBEDDED
 from adaptkit.data.templates import (
     IMAGENET_ENSEMBLE,
-    TEMPLATES,
     check_templates,
     display_name,
     preview,
@@ -36,8 +36,10 @@ PUBLISHED = {
 
 def test_published_templates():
     assert {name: templates_for(name) for name in PUBLISHED} == {name: (text,) for name, text in PUBLISHED.items()}
-    assert set(TEMPLATES) <= set(PUBLISHED)
-    assert set(COOP_DATASETS) <= set(PUBLISHED)
+    assert {name for name, known in CATALOGUE.items() if known.group == "CoOp suite"} == set(PUBLISHED)
+    further = [name for name in CATALOGUE if name not in PUBLISHED]
+    assert len(further) == 18
+    assert all(len(check_templates(templates_for(name))) == 1 for name in further)
     assert templates_for("my photos") == ("a photo of a {}.",)
 
 

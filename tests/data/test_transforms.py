@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms as reference
+from torchvision.transforms import functional
 
 from adaptkit.backbones.base import Preprocessing
 from adaptkit.data.transforms import augment, to_pixels
@@ -126,3 +127,49 @@ def test_crops_lie_inside_and_keep_their_area():
 def test_refused_crop_scale(scale):
     with pytest.raises(ConfigError, match="crop_scale"):
         augment(picture(8, 8), PLAIN, torch.Generator(), crop_scale=scale)
+
+
+# --- colours ----------------------------------------------------------------------------------------------------------
+
+
+def uncropped(image, seed, strength):
+    """A view whose crop is the whole picture, and the generator right after the crop's draws."""
+    numbers = torch.Generator().manual_seed(seed)
+    augment(image, PLAIN, numbers, crop_scale=1.0, flip=False)
+    view = augment(
+        image, PLAIN, torch.Generator().manual_seed(seed), crop_scale=1.0, flip=False, colour_jitter=strength
+    )
+    return view, numbers
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.4, 1.0])
+def test_colours_change_as_torchvisions_do(strength):
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    whole, compared, orders = picture(8, 8), 0, set()
+    for seed in range(40):
+        if not torch.equal(uncropped(whole, seed, 0.0)[0], to_pixels(whole, PLAIN)):
+            continue  # a crop that isn't the whole picture
+        view, numbers = uncropped(whole, seed, strength)
+        order, wanted = torch.randperm(3, generator=numbers).tolist(), whole
+        for place in order:
+            factor = 1 + strength * (2 * float(torch.rand((), generator=numbers, dtype=torch.float64)) - 1)
+            assert 1 - strength <= factor <= 1 + strength
+            wanted = adjust[place](wanted, factor)
+        assert torch.equal(view, to_pixels(wanted, PLAIN))
+        compared += 1
+        orders.add(tuple(order))
+    assert compared > 20
+    assert len(orders) > 3
+
+
+def test_without_jitter_nothing_more_is_drawn():
+    one, two = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    augment(picture(40, 30), PLAIN, one)
+    augment(picture(40, 30), PLAIN, two, colour_jitter=0.0)
+    assert torch.equal(one.get_state(), two.get_state())
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_refused_colour_jitter(strength):
+    with pytest.raises(ConfigError, match="colour_jitter"):
+        augment(picture(8, 8), PLAIN, torch.Generator(), colour_jitter=strength)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,20 +14,26 @@ from click.testing import CliRunner
 from PIL import Image
 
 from adaptkit.commands.main import main
+from adaptkit.data.catalogue import CATALOGUE
 from tests.cli.test_describe import save_model
+from tests.data.test_legacy import datum, save  # noqa: F401  # a fixture among them
+from tests.data.trees import grow
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
     set(
-        re.findall(r"`(adaptkit (?:describe|run|compare|predict|export|import|explain|list|data|doctor)[^`]*)`", README)
+        re.findall(
+            r"`(adaptkit (?:describe|run|compare|predict|export|import|explain|list|data|doctor|sweep)[^`]*)`", README
+        )
     )
 )
 
 
 @pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """my_photos/ with two classes of eight images, new/ with two, output/ with a checkpoint, in the current folder."""
+def photos(tmp_path, monkeypatch, datum):  # noqa: F811
+    """In the current folder: my_photos/ with two classes of eight images, new/ with two, output/ with a checkpoint,
+    data/ with a tiny EuroSAT, and a legacy cache of it."""
     numbers = np.random.default_rng(0)
     for label, colour in (("beech", (40, 160, 60)), ("oak", (200, 60, 40))):
         folder = tmp_path / "my_photos" / label
@@ -42,6 +49,9 @@ def photos(tmp_path, monkeypatch):
     torch.save({"state_dict": {"ctx": torch.zeros(4, 128)}}, tmp_path / "output/prompt_learner/model.pth.tar-50")
     save_model(tmp_path / "llm", "causal", positions=1024)
     (tmp_path / "classnames.txt").write_text("beech\noak\n")
+    grow(tmp_path / "data", CATALOGUE["eurosat"])
+    listed = json.loads((tmp_path / "data/eurosat/split_zhou_EuroSAT.json").read_text())["train"]
+    save(tmp_path / "shot_1-seed_1.pkl", {"train": [datum(f"/somewhere/{path}", label) for path, label, _ in listed]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
 
@@ -74,6 +84,7 @@ def test_command_lines(photos):
         "list": 5,
         "data": 6,
         "doctor": 7,
+        "sweep": 8,
     }
     for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
         words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]

@@ -14,13 +14,16 @@ from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.data.splits import TestSplit, TrainSplit, ValSplit
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
-from adaptkit.evaluation.protocols import choose_recipe, make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import choose_recipe, plan_run, run_method
 from adaptkit.evaluation.recipes import list_recipes, load_recipe
 from adaptkit.evaluation.results import is_done, read_run, write_run
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods import methods
+from tests.backbones import tiny_mllm
 from tests.quick import described, quick_overrides
 
 DIGITS = described(load_dataset("digits"))
+TEXTURES = described(load_dataset("textures"))
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +152,16 @@ def test_the_embedded_backbone_gets_the_quick_recipe(backbone):
     assert choose_recipe("coop", "few-shot", backbone, "none") is None
 
 
+def task_for(recipe, target="textures"):
+    targets = [dataclasses.replace(TEXTURES, name=target)] if recipe.protocol == "cross-dataset" else []
+    return make_task(DIGITS, recipe.protocol, 4, 1, targets=targets)
+
+
 def test_every_recipe_can_be_planned(backbone):
     planned = 0
     for name in list_recipes():
         recipe = load_recipe(name)
-        task = make_task(DIGITS, recipe.protocol, 4, 1)
+        task = task_for(recipe)
         if recipe.tuned_on == "per-dataset-config":
             continue  # knows none of the embedded datasets
         plan = plan_run(recipe.method, backbone, task, recipe=name)
@@ -173,7 +181,11 @@ def test_templates_reach_the_text_tower(backbone, store):
 
 @pytest.mark.parametrize("method", sorted(methods))
 def test_every_method_gives_the_same_answers_twice(backbone, store, method):
-    task = make_task(DIGITS, "base-to-novel", 2, 0)
+    data = DIGITS
+    if methods.get(method).needs_mllm:  # slow on many images
+        backbone, few = tiny_mllm.load("llava"), np.arange(0, len(DIGITS.test), 12)
+        data = dataclasses.replace(DIGITS, test=DIGITS.test.subset(few))
+    task = make_task(data, "base-to-novel", 2, 0)
     first, second = (
         run_method(plan_run(method, backbone, task, overrides=quick_overrides(method)), backbone, store=store)
         for _ in range(2)
@@ -215,13 +227,18 @@ def test_recipes_with_settings_per_dataset_know_theirs_only(backbone):
     planned = 0
     for name in names:
         recipe = load_recipe(name)
-        with pytest.raises(ConfigError, match="none for 'digits'"):
-            plan_run(recipe.method, backbone, make_task(DIGITS, recipe.protocol, 4, 1), recipe=name)
+        with pytest.raises(ConfigError, match=r"none for '(digits|textures)'"):
+            plan_run(recipe.method, backbone, task_for(recipe), recipe=name)
         for dataset in recipe.by_dataset:
             task = make_task(dataclasses.replace(DIGITS, name=dataset), recipe.protocol, 4, 1)
             assert plan_run(recipe.method, backbone, task, recipe=name).key.dataset == dataset
             planned += 1
-    assert planned == sum(len(load_recipe(name).by_dataset) for name in names) >= 60
+        for target in recipe.by_target:
+            plan = plan_run(recipe.method, backbone, task_for(recipe, target), recipe=name)
+            assert plan.key.settings["target_settings"] == {target: recipe.by_target[target]}
+            planned += 1
+    expected = sum(len(load_recipe(name).by_dataset) + len(load_recipe(name).by_target) for name in names)
+    assert planned == expected >= 74
 
 
 def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):
@@ -230,3 +247,27 @@ def test_ctrl_c_before_anything_was_learned_is_passed_on(backbone, store):
 
     with pytest.raises(KeyboardInterrupt):
         run(backbone, store, "linear-probe", "few-shot", seed=11, progress=stop)
+
+
+def test_colour_jitter_is_in_a_key_only_where_it_is_on(backbone):
+    """Runs made before there was such a setting keep their keys."""
+    task = make_task(DIGITS, "few-shot", 4, 1)
+    off, zero, on = (
+        plan_run("clip-adapter", backbone, task, overrides=overrides).key
+        for overrides in ([], ["colour_jitter=0"], ["colour_jitter=0.4"])
+    )
+    assert "colour_jitter" not in off.settings["training"]
+    assert off.digest == zero.digest != on.digest
+    assert on.settings["training"]["colour_jitter"] == 0.4
+    assert plan_run("adaptclipzs", backbone, task, recipe="none").resolved.training.colour_jitter == 0.4
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "other"),
+    [("unem", "likelihood", "gaussian"), ("transclip", "start_from", "taskres")],
+)
+def test_settings_that_came_later_are_in_a_key_only_where_they_are_changed(backbone, method, setting, other):
+    task = make_task(DIGITS, "few-shot", 4, 1)
+    assert setting not in plan_run(method, backbone, task).key.settings["method"]
+    changed = plan_run(method, backbone, task, overrides=[f"{setting}={other}"]).key
+    assert changed.settings["method"][setting] == other

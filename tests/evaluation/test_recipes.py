@@ -65,7 +65,7 @@ def test_every_recipe_resolves_against_its_method():
 def test_every_method_and_protocol_has_a_recipe_and_a_quick_one():
     found = 0
     for method in METHODS:
-        for protocol in recipes.PROTOCOLS:
+        for protocol in ("few-shot", "base-to-novel"):  # the others may train by the first one's
             for variant in ("", "quick"):
                 recipe = find_recipe(method, protocol, variant)
                 assert recipe is not None, (method, protocol, variant)
@@ -103,7 +103,7 @@ def test_example_overrides_of_headers_are_accepted():
 
 def test_digits_are_never_mirrored_by_quick_recipes():
     quick = [name for name in list_recipes() if name.endswith("-quick")]
-    assert len(quick) == 2 * len(METHODS)
+    assert sum("/cross-dataset" not in name for name in quick) == 2 * len(METHODS)
     for name in quick:
         recipe = load_recipe(name)
         training = resolve(methods.get(recipe.method), recipe).training
@@ -156,9 +156,11 @@ def test_only_recipes_that_know_the_dataset_are_marked():
         "mmrl/base-to-novel-per-dataset",
         "mmrl/few-shot-per-dataset",
         "mmrlpp/base-to-novel-per-dataset",
+        "mmrlpp/cross-dataset-per-target",
         "mmrlpp/few-shot-per-dataset",
         "prograd/few-shot-per-dataset",
         "promptsrc/few-shot-per-dataset",
+        "taskres/few-shot-per-dataset",
         "tip-adapter-f/few-shot-per-dataset",
         "tip-adapter/few-shot-per-dataset",
     ]
@@ -177,8 +179,9 @@ def test_listing_narrows_by_method_and_protocol():
     assert list_recipes("maple") == (
         "maple/base-to-novel",
         "maple/base-to-novel-quick",
+        "maple/cross-dataset",
+        "maple/cross-dataset-quick",
         "maple/few-shot",
-        "maple/few-shot-imagenet-source",
         "maple/few-shot-quick",
     )
     assert all("base-to-novel" in name for name in list_recipes(protocol="base-to-novel"))
@@ -278,7 +281,7 @@ def test_default_then_recipe_then_file_then_flag(tmp_path):
     assert origins["method.num_context"] == origins["training.batch_size"] == f"file {file}"
     assert origins["training.epochs"] == "recipe mine"
     assert origins["method.class_position"] == origins["training.momentum"] == "default"
-    assert len(origins) == 4 + 18  # CoOp's fields and the loop's
+    assert len(origins) == 4 + 19  # CoOp's fields and the loop's
 
 
 def test_without_a_recipe_the_methods_own_defaults_count():

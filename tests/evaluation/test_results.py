@@ -14,7 +14,7 @@ from adaptkit.backbones import load_backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.sources import load_dataset
 from adaptkit.errors import DataError, StorageError
-from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
 from adaptkit.evaluation.results import (
     adapter_facts,
     environment,
@@ -24,6 +24,7 @@ from adaptkit.evaluation.results import (
     read_run,
     write_run,
 )
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods.adapter import load_adapter, read_adapter_config
 from adaptkit.storage import read_safetensors
 

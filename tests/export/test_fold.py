@@ -14,7 +14,7 @@ from adaptkit.export.fold import Folded, fold
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.folding import CacheHead, ClassBlocks, Fold, MatrixHead
-from tests.contract.test_methods import fitted
+from tests.contract.test_methods import fitted, make, suitable
 from tests.methods.tiny import NAMES, NOVEL, query, tiny_clip
 
 pytest.importorskip("peft")
@@ -34,6 +34,8 @@ WHY_NOT = {
     "cocoop": "every image shifts its text prompts",
     "em-dirichlet": "depends on the images it is asked about with it",
     "fed-mp": "depends on the images it is asked about with it",
+    "mllm-icl": "a language model reads every image",
+    "mllm-zero-shot": "a language model reads every image",
     "transclip": "depends on the images it is asked about with it",
     "unem": "depends on the images it is asked about with it",
 }
@@ -66,7 +68,7 @@ def test_every_method_is_one_of_the_kinds_or_says_why_not():
     named = set.union(*KINDS.values(), set(WHY_NOT))
     assert named == set(methods)
     assert [len(names) for names in KINDS.values()] == [17, 5, 11]
-    assert len(WHY_NOT) == 5
+    assert len(WHY_NOT) == 7
 
 
 @pytest.mark.parametrize("name", sorted(set.union(*KINDS.values())))
@@ -83,9 +85,10 @@ def test_folded_logits(backbone, name):
 
 
 @pytest.mark.parametrize("name", sorted(WHY_NOT))
-def test_what_cannot_be_folded(backbone, name):
+def test_what_cannot_be_folded(name):
+    method = make(suitable(name), name)
     with pytest.raises(UnsupportedError, match=f"{name} can't be folded: .*{WHY_NOT[name]}"):
-        fold(methods.get(name)(backbone, NAMES))
+        fold(method)
 
 
 @pytest.mark.parametrize(

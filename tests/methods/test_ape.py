@@ -299,7 +299,7 @@ def test_bad_input(kind):
         )
     broken = TensorInputs(task.train.values.clone(), task.train.labels)
     broken.values[0, 5, 2] = float("inf")
-    with pytest.raises(DataError, match="Image 5"):
+    with pytest.raises(DataError, match="Training image 5"):
         fit_method(kind(BACKBONE, NAMES), replace(task, train=broken))
     with pytest.raises(DataError, match="Image 5"):
         fit_method(kind(BACKBONE, NAMES), replace(task, val=broken))

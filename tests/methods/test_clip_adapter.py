@@ -58,7 +58,7 @@ def test_searched_ratio_is_the_smallest_of_the_best():
             right = method(task.val.values[0]).argmax(dim=1) == task.val.labels
         scores[step / 10] = float(right.float().mean())
     best = min(ratio for ratio, score in scores.items() if score == max(scores.values()))
-    assert report["ratio_searched"] is True
+    assert report["searched"] is True
     assert report["ratio"] == best
     assert report["val_accuracy"] == scores[best]
     assert len(set(scores.values())) > 1  # there was something to choose
@@ -68,7 +68,7 @@ def test_without_validation_the_ratio_stays():
     method = CLIPAdapter(BACKBONE, NAMES, config=CLIPAdapterConfig(search_ratio=True))
     report = fit_method(method, make_task(BACKBONE, "image_features", val=False), TrainingSettings(epochs=1))
     assert report["ratio"] == pytest.approx(0.2)
-    assert report["ratio_searched"] is False
+    assert report["searched"] is False
 
 
 def test_bad_settings():

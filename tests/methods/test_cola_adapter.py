@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptkit.errors import BackboneError, ConfigError, DataError, TrainingError
+from adaptkit.errors import BackboneError, ConfigError, DataError
 from adaptkit.methods.adapters.cola_adapter import ColaAdapter, ColaAdapterConfig, word_means
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs, TrainingSettings
@@ -238,5 +238,5 @@ def test_bad_pairs_and_pixels():
     with pytest.raises(DataError, match="mask must be bool"):
         method.pair_scores(patches, tokens, mask.float())
     broken = TensorInputs(torch.full((1, 4, 3, 16, 16), float("nan")), torch.arange(4))
-    with pytest.raises(TrainingError, match="nan"):
+    with pytest.raises(DataError, match="pixels that aren't finite"):
         fit_method(method, FitTask(NAMES, broken), TrainingSettings(epochs=1))

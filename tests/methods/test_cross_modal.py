@@ -17,6 +17,7 @@ from adaptkit.methods.adapters._cross_modal import Cell, Cycle, rate_at
 from adaptkit.methods.adapters.cross_modal import CrossModal, CrossModalConfig
 from adaptkit.methods.adapters.cross_modal_partial import CrossModalPartial, CrossModalPartialConfig
 from adaptkit.methods.adapters.zero_shot import ZeroShot
+from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
 from tests.methods.tiny import NAMES, NOVEL, make_task, query, tiny_clip
 
@@ -201,7 +202,7 @@ def test_bad_input():
         made().fit(FitTask(NAMES, broken))
     pixels = TensorInputs(torch.full((1, 4, 3, 16, 16), float("nan")), torch.arange(4))
     with pytest.raises(DataError, match="aren't finite"):
-        CrossModalPartial(BACKBONE, NAMES).fit(FitTask(NAMES, pixels))
+        fit_method(CrossModalPartial(BACKBONE, NAMES), FitTask(NAMES, pixels))
 
 
 def test_partial_refuses_towers_it_cannot_open():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from adaptkit.backbones.load import load_backbone
 from adaptkit.data.sources import load_dataset
 from adaptkit.errors import BackboneError, ConfigError, DataError, UnsupportedError
-from adaptkit.evaluation.protocols import make_task, plan_run, run_method
+from adaptkit.evaluation.protocols import plan_run, run_method
+from adaptkit.evaluation.tasks import make_task
 from adaptkit.methods.adapters.zero_shot import ZeroShot
 from adaptkit.methods.descriptions._sentences import is_whole, linked, sentence_features, shortened
 from adaptkit.methods.descriptions.dclip import DCLIP, DCLIPConfig

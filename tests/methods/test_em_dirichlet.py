@@ -319,11 +319,11 @@ def test_one_class_is_refused_in_the_fit_and_certain_afterwards():
 def test_features_that_are_not_finite_are_refused():
     em, inputs = fitted_method(), query(BACKBONE, "image_features", 5).clone()
     inputs[2, 3] = float("nan")
-    with pytest.raises(DataError, match=r"Image 2 of the batch .*aren't finite"):
+    with pytest.raises(DataError, match=r"Image 2 has features that aren't finite"):
         em(inputs)
     task = make_task(BACKBONE, "image_features")
     task.train.values[0, 1] = float("inf")
-    with pytest.raises(DataError, match="Image 1 "):
+    with pytest.raises(DataError, match="Training image 1 "):
         fit_method(method(), task)
 
 

@@ -225,7 +225,7 @@ def test_what_it_refuses():
         fit_method(one, FitTask(NAMES[:1], TensorInputs(task.train.values[:, :4], task.train.labels[:4])))
     broken = task.train.values.clone()
     broken[0, 5] = float("nan")
-    with pytest.raises(DataError, match="Image 5"):
+    with pytest.raises(DataError, match="Training image 5"):
         fitted(task=FitTask(NAMES, TensorInputs(broken, task.train.labels)))
     with pytest.raises(DataError, match="none: give a file"):
         make({})

@@ -134,7 +134,13 @@ def test_search_uses_validation_and_counts_its_fits():
 
 def test_without_validation_the_stated_default():
     _, report = fit()
-    assert report == {"c": 0.316, "searched": False, "fits": 1, "fits_not_converged": 0}
+    assert report == {
+        "c": 0.316,
+        "searched": False,
+        "why_not_searched": "there are no validation images",
+        "fits": 1,
+        "fits_not_converged": 0,
+    }
 
 
 def test_a_fit_that_does_not_converge_is_counted():
@@ -166,7 +172,7 @@ def test_bad_tasks():
         fit_method(LinearProbe(BACKBONE, ("a",)), FitTask(("a",), blobs(1, 3)))
     broken = blobs(3, 2)
     broken.values[0, 4, 0] = float("inf")
-    with pytest.raises(DataError, match="Image 4"):
+    with pytest.raises(DataError, match="Training image 4"):
         fit_method(method, FitTask(names, broken))
     for config, said in (
         ({"solver": "sgd"}, "lbfgs or torch-lbfgs"),

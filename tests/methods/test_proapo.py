@@ -331,7 +331,7 @@ def test_what_it_refuses():
         fit_method(ProAPO(BACKBONE, ("a",)), one)
     broken = task.train.values.clone()
     broken[0, 3, 2] = float("nan")
-    with pytest.raises(DataError, match="Image 3"):
+    with pytest.raises(DataError, match="Training image 3"):
         fit_method(make(), FitTask(NAMES, TensorInputs(broken, task.train.labels)))
     for config, said in (
         ({"ce_weight": float("inf")}, "finite"),

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptkit.errors import AdaptKitWarning, ConfigError, DataError
+from adaptkit.errors import AdaptKitWarning, ConfigError, DataError, UnknownNameError, UnsupportedError
+from adaptkit.methods import methods
+from adaptkit.methods.base import GradientMethod
 from adaptkit.methods.transductive import _transduction
 from adaptkit.methods.transductive._transduction import Support
 from adaptkit.methods.transductive.transclip import Graph, TransCLIP, TransCLIPConfig, nearest
@@ -337,7 +339,7 @@ def test_one_class_and_features_that_are_not_finite():
         fit_method(method(), bad)
     inputs = query(BACKBONE, "image_features").clone()
     inputs[4] = float("inf")
-    with pytest.raises(DataError, match="Image 4 of the batch"):
+    with pytest.raises(DataError, match="Image 4 has features"):
         fitted()(inputs)
 
 
@@ -354,3 +356,75 @@ def test_one_class_and_features_that_are_not_finite():
 def test_settings_that_cannot_be_used(settings, says):
     with pytest.raises(ConfigError, match=says):
         TransCLIPConfig(**settings)
+
+
+# --- over another method ----------------------------------------------------------------------------------------------
+
+SERVED = sorted(
+    name
+    for name in methods
+    if (kind := methods.get(name)).reads == "image_features"
+    and not kind.transductive
+    and kind.reads_descriptions != "needed"
+    and name != "zero-shot"
+)
+
+
+def over(name, **settings):
+    made = method(start_from=name, **settings)
+    if made.base is not None and isinstance(made.base, GradientMethod):  # the paper's settings take too long here
+        made.base.default_training = replace(made.base.default_training, epochs=2, batch_size=8)
+    if made.base is not None and hasattr(made.base.config, "iterations"):
+        made.base.config = replace(made.base.config, iterations=20)
+    return made
+
+
+def test_which_methods_it_stands_on():
+    assert {"coop", "taskres", "tip-adapter-f", "clip-adapter", "gda", "linear-probe"} <= set(SERVED)
+    refused = [name for name in sorted(methods) if name not in (*SERVED, "zero-shot")]
+    assert len(refused) + len(SERVED) + 1 == len(list(methods)) >= 38
+    for name in refused:
+        with pytest.raises(ConfigError, match=f"start_from is '{name}', which"):
+            method(start_from=name)
+    with pytest.raises(UnknownNameError, match="Did you mean 'taskres'"):
+        method(start_from="taskress")
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_it_starts_from_what_another_method_learned(name):
+    task, inputs = make_task(BACKBONE, "image_features"), query(BACKBONE, "image_features", 30)
+    clip = over(name, iterations=0, neighbours=0)
+    report = fit_method(clip, task)
+    assert isinstance(report["base"], dict)
+    alone = methods.get(name)(BACKBONE, NAMES)
+    alone.load_adapter_state({key[5:]: v for key, v in clip.adapter_state().items() if key.startswith("base.")})
+    with torch.no_grad():
+        start = alone(inputs).log_softmax(dim=1)
+    torch.testing.assert_close(clip.base_start(inputs), start)
+    made = clip.solver(F.normalize(inputs, dim=1), clip.zero_shot(), None, start)
+    torch.testing.assert_close(made.start().z, start.exp())
+    again = TransCLIP(BACKBONE, NAMES, config=clip.config, seed=5)  # what is saved is enough
+    again.load_adapter_state(clip.adapter_state())
+    assert torch.equal(again(inputs), clip(inputs))
+
+
+def test_a_base_that_knows_the_answers_is_followed():
+    """With all weight on the start, the answers are the other method's."""
+    task, inputs = make_task(BACKBONE, "image_features"), query(BACKBONE, "image_features", 30)
+    clip = over("linear-probe", text_weight=1e6, text_weight_support=1e6)
+    fit_method(clip, task)
+    assert torch.equal(clip(inputs).argmax(dim=1), clip.base(inputs).argmax(dim=1))
+    assert clip(inputs).argmax(dim=1).ne(method()(inputs).argmax(dim=1)).any()
+
+
+def test_a_base_follows_the_classes():
+    clip = over("linear-probe")
+    fit_method(clip, make_task(BACKBONE, "image_features"))
+    clip.set_classes(NAMES[:2])
+    assert clip.base.class_names == NAMES[:2]
+    assert clip(query(BACKBONE, "image_features")).shape == (9, 2)
+    clip.set_classes(NOVEL)
+    assert clip.base.uses_fallback
+    with pytest.raises(UnsupportedError, match="different scales"):
+        clip.set_classes((NAMES[0], NOVEL[0]))
+    assert clip.class_names == clip.base.class_names == NOVEL

@@ -298,7 +298,7 @@ def test_one_class_and_validation_features_that_are_not_finite():
     with pytest.raises(DataError, match="at least 2"):
         fit_method(UNEM(BACKBONE, NAMES[:1]), alone)
     task.val.values[0, 3] = float("nan")
-    with pytest.raises(DataError, match="Image 3 "):
+    with pytest.raises(DataError, match="Validation image 3 "):
         fit_method(UNEM(BACKBONE, NAMES, config=UNEMConfig(**QUICK)), task)
 
 
@@ -315,3 +315,99 @@ def test_one_class_and_validation_features_that_are_not_finite():
 def test_settings_that_cannot_be_used(settings, says):
     with pytest.raises(ConfigError, match=says):
         UNEMConfig(**settings)
+
+
+# --- the Gaussian version ---------------------------------------------------------------------------------------------
+
+
+def plain_gaussian(f, text, support, layers, factor):
+    """The sheet's steps, class by class and image by image, in float64; support is unit features with labels."""
+    f, text = f.double(), text.double()
+    u = torch.softmax(float(BACKBONE.logit_scale) * f @ text.T, dim=1)
+    for weight, temperature in layers:
+        centres, v = [], []
+        for k in range(len(text)):
+            shots = support.features[support.labels == k].double()
+            centres.append((shots.sum(dim=0) + (u[:, k, None] * f).sum(dim=0)) / (len(shots) + u[:, k].sum()))
+            v.append(torch.log(u[:, k].mean() + 1e-15) + 1)
+        far = torch.stack([(factor * f - factor * centre).square().sum(dim=1) for centre in centres], dim=1)
+        u = torch.softmax((-0.5 * far + weight * torch.stack(v)) / temperature, dim=1)
+    return u
+
+
+def gaussian(**settings):
+    method = UNEM(BACKBONE, TWELVE, config=UNEMConfig(**{"likelihood": "gaussian", "layers": 4, **settings}))
+    with torch.no_grad():
+        method.class_weights.copy_(torch.linspace(0.5, 2, len(method.class_weights)))
+        method.temperatures.copy_(torch.linspace(-1, 1, len(method.temperatures)))
+        method.feature_temperature.fill_(4.0)
+    return method
+
+
+def test_gaussian_assignments_equal_the_plain_version(monkeypatch):
+    f, text, labels, shots = drawn()
+    method = gaussian()
+    layers = [(layer.balance, layer.temperature) for layer in method.layers_for(12)]
+    wanted = plain_gaussian(f, text, shots, layers, float(F.softplus(torch.tensor(4.0))))
+    whole = method.assign(f, text, shots)
+    torch.testing.assert_close(whole.double().exp(), wanted, rtol=1e-4, atol=1e-5)
+    assert (whole.argmax(dim=1) == labels).float().mean() > 0.8
+    with torch.no_grad():  # as training sees it
+        tasks = Tasks(f.double()[None], labels[None], shots.features.double()[None], shots.labels[None])
+        monkeypatch.setattr(method, "zero_shot", lambda: text)
+        torch.testing.assert_close(method.unrolled(tasks)[0].float(), whole, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(UNEM, "chunks", staticmethod(lambda f, columns: torch.split(f, 7)))
+    torch.testing.assert_close(method.assign(f, text, shots), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gaussian_versions_gradient():
+    numbers = torch.Generator().manual_seed(1)
+    method = toy(likelihood="gaussian")
+
+    def features(rows):
+        return F.normalize(torch.randn(2, rows, DIM, generator=numbers, dtype=torch.float64), dim=-1)
+
+    labels = torch.randint(3, (2, 6), generator=numbers)
+    tasks = Tasks(features(6), labels, features(6), torch.arange(3).repeat(2).expand(2, -1))
+    method.double()
+    trained = [method.feature_temperature, method.class_weights, method.temperatures]
+
+    def loss(*values):
+        with torch.no_grad():
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.copy_(value)
+        return method.task_loss(tasks)
+
+    grads = torch.autograd.grad(method.task_loss(tasks), trained)
+    start, checked = [parameter.detach().clone() for parameter in trained], 0
+    for place, grad in enumerate(grads):
+        for index in range(start[place].numel()):
+            moved = []
+            for sign in (1, -1):
+                values = [value.clone() for value in start]
+                values[place].view(-1)[index] += sign * 1e-5
+                moved.append(float(loss(*values)))
+            assert (moved[0] - moved[1]) / 2e-5 == pytest.approx(float(grad.view(-1)[index]), rel=1e-4, abs=1e-8)
+            checked += 1
+    assert checked == 7
+
+
+@pytest.mark.parametrize("support_from", ["train", "validation"])
+def test_the_gaussian_version_trains(support_from):
+    config = UNEMConfig(**QUICK, likelihood="gaussian", support_from=support_from, effective_classes=0)
+    method = UNEM(BACKBONE, NAMES, config=config)
+    report = fit_method(method, make_task(BACKBONE, "image_features"))
+    assert report["searched"]
+    assert torch.isfinite(torch.tensor(report["losses"])).all()
+    inputs = query(BACKBONE, "image_features")
+    for names in (NAMES, NAMES[:2], NOVEL, (NAMES[0], NOVEL[0])):  # classes without shots start from their names
+        scores = method.set_classes(names)(inputs)
+        assert scores.shape == (len(inputs), len(names))
+        assert torch.isfinite(scores).all()
+
+
+def test_the_gaussian_version_needs_shots():
+    with pytest.raises(ConfigError, match="use_support is False, but must be true with likelihood gaussian"):
+        UNEMConfig(likelihood="gaussian", use_support=False)
+    with pytest.raises(ConfigError, match="one of dirichlet, gaussian"):
+        UNEMConfig(likelihood="normal")

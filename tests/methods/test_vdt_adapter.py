@@ -115,7 +115,7 @@ def test_the_ratio_is_searched_on_validation_alone():
     best = max(SEARCHED_RATIOS, key=accuracies.get)
     assert report["ratio"] == pytest.approx(best)
     assert report["val_accuracy"] == accuracies[best]
-    assert (report["settings_tried"], report["ratio_searched"]) == (5, True)
+    assert (report["settings_tried"], report["searched"]) == (5, True)
     alone = vdt(ratio=best)
     fit_method(alone, task, QUICK)
     assert torch.equal(method(FEATURES), alone(FEATURES))
@@ -124,7 +124,7 @@ def test_the_ratio_is_searched_on_validation_alone():
 def test_without_validation_the_ratio_stays():
     report = fit_method(vdt(search_ratio=True), make_task(BACKBONE, "image_features", val=False), QUICK)
     assert report["ratio"] == pytest.approx(0.2)
-    assert (report["settings_tried"], report["ratio_searched"]) == (0, False)
+    assert (report["settings_tried"], report["searched"]) == (0, False)
     assert report["why_not_searched"] == "there are no validation images"
 
 
@@ -139,7 +139,7 @@ def test_training_helps():
 def test_features_that_are_not_finite():
     task = make_task(BACKBONE, "image_features")
     task.val.values[0, 3] = float("nan")
-    with pytest.raises(DataError, match="Image 3 "):
+    with pytest.raises(DataError, match="Validation image 3 "):
         fit_method(vdt(search_ratio=True), task, QUICK)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaptkit.backbones.base import BackboneSpec, Preprocessing, Tokens
+from adaptkit.backbones.base import Backbone, BackboneSpec, Preprocessing, Tokens
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tokenizing import ClipTokenizer
 from adaptkit.backbones.tower import BlockShape, ImageShape, ImageTower, TextShape, TextTower
@@ -86,21 +86,21 @@ class Letters:
         return Tokens(ids, torch.full((len(texts),), 11))
 
 
-def drawn_images(labels: Tensor, views: int, seed: int) -> Tensor:
+def drawn_images(labels: Tensor, views: int, seed: int, side: int = SIZE) -> Tensor:
     """Pixels [views, n, 3, size, size] in which a class shows as a pattern under noise."""
     numbers = torch.Generator().manual_seed(seed)
-    patterns = torch.randn(int(labels.max()) + 1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
-    noise = torch.randn(views, len(labels), 3, SIZE, SIZE, generator=numbers)
+    patterns = torch.randn(int(labels.max()) + 1, 3, side, side, generator=torch.Generator().manual_seed(99))
+    noise = torch.randn(views, len(labels), 3, side, side, generator=numbers)
     return patterns[labels] + 0.5 * noise
 
 
 def make_task(
-    backbone: DualEncoder, reads: str, *, shots: int = 4, views: int = 1, val: bool = True, seed: int = 0
+    backbone: Backbone, reads: str, *, shots: int = 4, views: int = 1, val: bool = True, seed: int = 0
 ) -> FitTask:
-    labels = torch.arange(len(NAMES)).repeat_interleave(shots)
+    labels, side = torch.arange(len(NAMES)).repeat_interleave(shots), backbone.spec.preprocessing.image_size
 
     def inputs(count: int, draw: int) -> TensorInputs:
-        pixels = drawn_images(labels, count, draw)
+        pixels = drawn_images(labels, count, draw, side)
         if reads == "images":
             return TensorInputs(pixels, labels)
         with torch.no_grad():
@@ -110,7 +110,7 @@ def make_task(
     return FitTask(NAMES, inputs(views, 10), inputs(1, 11) if val else None, seed)
 
 
-def query(backbone: DualEncoder, reads: str, count: int = 9) -> Tensor:
-    pixels = drawn_images(torch.arange(count) % len(NAMES), 1, 12)[0]
+def query(backbone: Backbone, reads: str, count: int = 9) -> Tensor:
+    pixels = drawn_images(torch.arange(count) % len(NAMES), 1, 12, backbone.spec.preprocessing.image_size)[0]
     with torch.no_grad():
         return pixels if reads == "images" else backbone.encode_image(pixels)

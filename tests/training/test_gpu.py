@@ -9,18 +9,22 @@ import torch
 
 from adaptkit.methods import methods
 from adaptkit.training.loop import fit_method
+from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, make_task, query, tiny_clip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def fitted(name, device, **changes):
-    backbone = tiny_clip(layers=12)
     kind = methods.get(name)
+    backbone = tiny_mllm.load.__wrapped__("llava") if kind.needs_mllm else tiny_clip(layers=12)
     task = make_task(backbone, kind.reads, views=3)
     inputs = query(backbone, kind.reads)
     backbone.to(device)
-    method = kind(backbone, NAMES, descriptions=DESCRIPTIONS)
+    config = kind.config_class()
+    if hasattr(config, "examples"):  # as many as fit into the tiny model's context
+        config = replace(config, examples=2)
+    method = kind(backbone, NAMES, config=config, descriptions=DESCRIPTIONS)
     settings = kind.default_training
     if settings is not None:
         settings = replace(settings, epochs=min(settings.epochs or 2, 2), batch_size=8, **changes)

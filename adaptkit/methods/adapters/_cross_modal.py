@@ -156,7 +156,7 @@ class CrossModalMethod(Method):
 
     def zero_shot_rows(self, names: Sequence[str]) -> Tensor:
         """Rows that a head starts from: the mean of unnormalised text features, normalised, [classes, dim]."""
-        key = (tuple(names), self.backbone.device)
+        key = (tuple(names), self.texts_key)
         if self._zero_shot_rows_memo is None or self._zero_shot_rows_memo[0] != key:
             rows = F.normalize(mean_text_features(self.backbone, names, self.templates), dim=-1)
             self._zero_shot_rows_memo = (key, rows)

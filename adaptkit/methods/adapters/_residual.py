@@ -42,7 +42,7 @@ class ResidualMethod(ClassWeightMethod, GradientMethod):
 
     def base_weights(self) -> Tensor:
         """t [classes, dim] of the current classes, remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._text_memo is None or self._text_memo[0] != key:
             self._text_memo = (key, self.text_of(self.class_names))
         return self._text_memo[1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
+from adaptkit.methods.adapters._texts import not_searched
 from adaptkit.methods.base import ClassWeightMethod, GradientMethod, MethodConfig, draw_linear, read_all
 from adaptkit.methods.folding import Bottleneck, Fold
 from adaptkit.types import FitTask, TrainingSettings
@@ -94,8 +95,9 @@ class CLIPAdapter(ClassWeightMethod, GradientMethod):
 
     @torch.no_grad()
     def finish(self, task: FitTask) -> dict[str, Any]:
-        if not self.config.search_ratio or task.val is None or not len(task.val.labels):
-            return {"ratio": float(self.ratio), "ratio_searched": False}
+        why = not_searched(self.config.search_ratio, task.val)
+        if why or task.val is None:
+            return {"ratio": float(self.ratio), **(why if self.config.search_ratio else {"searched": False})}
         features = read_all(task.val).to(self.ratio.device)
         labels = task.val.labels.to(features.device)
 
@@ -104,7 +106,8 @@ class CLIPAdapter(ClassWeightMethod, GradientMethod):
             return float((self(features).argmax(dim=-1) == labels).float().mean())
 
         best = max(SEARCHED_RATIOS, key=accuracy)  # the smallest of equals comes first
-        return {"ratio": best, "ratio_searched": True, "val_accuracy": accuracy(best), "val_images": len(labels)}
+        tried = {"searched": True, "settings_tried": len(SEARCHED_RATIOS), "val_images": len(labels)}
+        return {"ratio": best, **tried, "val_accuracy": accuracy(best)}
 
     def reference_key(self, key: str) -> str | None:
         return {"down.weight": "adapter.fc.0.weight", "up.weight": "adapter.fc.2.weight", "ratio": None}[key]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones.tower import ImageTower
-from adaptkit.errors import DataError
 from adaptkit.methods import methods
 from adaptkit.methods.adapters._cross_modal import CrossModalMethod, Examples, HeadConfig
 from adaptkit.methods.folding import rebuilt_tower
@@ -102,9 +101,6 @@ class CrossModalPartial(CrossModalMethod):
         """Tokens of images [k], each in its own view [k], in that order."""
         parts = [inputs.select(images[index : index + 1], int(view)) for index, view in enumerate(views.tolist())]
         pixels = torch.cat(parts).to(self.backbone.device)
-        wrong = (~torch.isfinite(pixels.flatten(1)).all(dim=1)).nonzero()
-        if len(wrong):
-            raise DataError(f"Image {int(images[int(wrong[0])])} has pixels that aren't finite: check the image.")
         return self.tokens(pixels)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
+from adaptkit.methods.adapters._texts import not_searched
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
 from adaptkit.methods.folding import Fold, MatrixHead
 from adaptkit.types import FitTask, NovelClasses, TrainingLoop
@@ -108,8 +109,8 @@ class LinearProbe(Method):
                 fits[c] = solve(features, labels, c, self.config.max_iterations)
             return fits[c]
 
-        report: dict[str, Any] = {"c": self.config.c, "searched": False}
-        if self.config.search and task.val is not None and len(task.val.labels):
+        report: dict[str, Any] = {"c": self.config.c, **not_searched(self.config.search, task.val)}
+        if "why_not_searched" not in report and task.val is not None:
             report = _search(fit_at, read_all(task.val).cpu(), task.val.labels.cpu())
         chosen = fit_at(report["c"])
         with torch.no_grad():

@@ -189,7 +189,7 @@ class ChannelCacheMethod(CacheMethod):
         """Unit text weights [classes, dim] of the current classes, sentences about them included."""
         if not self.descriptions:
             return super().zero_shot()
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._pooled_memo is None or self._pooled_memo[0] != key:
             exact = torch.autocast(self.backbone.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), exact:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.errors import AdapterError, ConfigError, DataError, UnsupportedError
+from adaptkit.errors import AdapterError, ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.base import Method, MethodConfig, progress_of, read_all
 from adaptkit.methods.folding import Fold, MatrixHead
@@ -215,6 +215,7 @@ class GDA(Method):
     config_class = GDAConfig
     config: GDAConfig
     novel_classes: NovelClasses = "synthesised"
+    mixes_classes = False  # one covariance serves fitted classes, another new ones
     default_training = TrainingSettings(epochs=0, views=10, crop_scale=0.5)  # read for its views only
     weight: Tensor
     bias: Tensor
@@ -230,17 +231,6 @@ class GDA(Method):
         self.register_buffer("alpha", torch.tensor(float(self.config.alpha)))
         if not self.config.max_features:
             self.novel_classes = "zero-shot"
-
-    def set_classes(self, names: Any) -> Method:
-        known = set(self.fitted_names)
-        novel = [name for name in names if name not in known]
-        if novel and len(novel) < len(names):
-            raise UnsupportedError(
-                f"gda has one covariance for fitted classes and another for new ones, on different scales, so it can't"
-                f" choose between {names[0]!r} and {novel[0]!r}: ask for fitted classes only, for new ones only, or fit"
-                " it on all."
-            )
-        return super().set_classes(names)
 
     def classes_changed(self) -> None:
         self._made = None
@@ -267,10 +257,10 @@ class GDA(Method):
         """Weight [classes, dim] and bias [classes] of the current classes."""
         if self.class_names == self.fitted_names:
             return self.weight, self.bias
-        if self.class_names[0] in set(self.fitted_names):
+        if not self.all_novel:
             rows = self.fitted_indices()
             return self.weight[rows], self.bias[rows]
-        key = (self.class_names, id(self.features), self.features._version, self.features.device)
+        key = (self.texts_key, id(self.features), self.features._version, self.features.device)
         if self._made is None or self._made[0] != key:
             self._made = (key, self._synthesised())
         return self._made[1]

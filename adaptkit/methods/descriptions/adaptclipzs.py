@@ -9,8 +9,8 @@ attention and the MLPs' second layers still, and the published numbers were trai
 describes. Tau divides logits that already carry CLIP's scale.
 Differs from the reference: weights stay in fp32 (half-precision weights there can't take most steps of 1e-7); batches
 are shuffled (file order there); sentences are drawn from the task's seed (an unseeded stream there); sentences that
-begin with the class's name are taken whole; a tau that falls to zero stops training; images are augmented as for other
-methods (no colour jitter).
+begin with the class's name are taken whole; a tau that falls to zero stops training; crops are resized with the
+backbone's interpolation (bilinear there).
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class AdaptCLIPZS(GradientMethod):
         schedule="cosine-restarts",
         warmup_epochs=0,
         views=10,
+        colour_jitter=0.4,
     )
     _memo: tuple[Any, Tensor] | None = None
 

@@ -67,7 +67,7 @@ class CuPL(DescribedMethod, ClassWeightMethod):
         return given + [prompt for template in self.templates for prompt in render_prompts([name], template)]
 
     def class_weights(self) -> Tensor:
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._rows is None or self._rows[0] != key:
             by_class = [self.sentences(name) for name in self.class_names]
             means = unit_means(self.class_sentence_features(by_class, shorten=self.config.shorten))

@@ -125,7 +125,7 @@ class DCLIP(DescribedMethod, ClassWeightMethod):
 
     def _unit_bank(self) -> list[Tensor]:
         """Per class its unit sentence features [sentences, dim]; remembered for one class list."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._bank is None or self._bank[0] != key:
             features = self.class_sentence_features([self.sentences(name) for name in self.class_names])
             self._bank = (key, [F.normalize(rows, dim=-1) for rows in features])

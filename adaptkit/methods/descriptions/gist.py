@@ -138,6 +138,7 @@ class GIST(GradientMethod):
     config: GISTConfig
     novel_classes = "zero-shot"
     reads_descriptions = "needed"
+    writes_texts = True
     default_training = TrainingSettings(
         epochs=200,
         batch_size=20,
@@ -193,7 +194,7 @@ class GIST(GradientMethod):
 
     def _tuned_zero_shot(self) -> Tensor:
         """The zero-shot classifier of the tuned towers [classes, dim], remembered."""
-        key = (self.class_names, [(id(value), value._version) for value in self.parameters()])
+        key = (self.texts_key, [(id(value), value._version) for value in self.parameters()])
         if self._novel_memo is None or self._novel_memo[0] != key:
             with torch.no_grad():
                 weights = zero_shot_weights(self.towers, self.class_names, self.templates)

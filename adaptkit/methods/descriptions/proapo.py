@@ -183,6 +183,7 @@ class ProAPO(ClassWeightMethod):
     config_class = ProAPOConfig
     config: ProAPOConfig
     reads_descriptions = "optional"
+    writes_texts = True
     template_choice: Tensor
     sentence_choice: Tensor
 
@@ -207,7 +208,7 @@ class ProAPO(ClassWeightMethod):
         A class that wasn't fitted takes all of its own, if it has some and the search found sentences of use at all.
         """
         sentences = self.descriptions.get(name, ())
-        if name in self.fitted_names:
+        if self.other is None and name in self.fitted_names:
             place = self.fitted_names.index(name)
             start = sum(self.sentence_counts[:place])
             chosen = self.sentence_choice[start : start + len(sentences)].tolist()

@@ -115,7 +115,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Unnormalised features [classes, most sentences, dim], and which are no padding, bool [classes, most]."""
-        key = (self.class_names, self.backbone.device)
+        key = self.texts_key
         if self._sentences is None or self._sentences[0] != key:
             rows = self.class_sentence_features([self.descriptions[name] for name in self.class_names])
             counts = torch.tensor([len(one) for one in rows], device=rows[0].device)
@@ -161,7 +161,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
         if not self.config.search_ratio or val is None:
             why = {"why_not_searched": "there are no validation images"} if self.config.search_ratio else {}
             report = super().fit(task, loop)
-            return {**report, **facts, "ratio": float(self.ratio), "ratio_searched": False, "settings_tried": 0, **why}
+            return {**report, **facts, "ratio": float(self.ratio), "searched": False, "settings_tried": 0, **why}
         return {**self._search(task, val, loop), **facts}
 
     def _search(self, task: FitTask, val: Inputs, loop: TrainingLoop | None) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class VDTAdapter(DescribedMethod, ClassWeightMethod, GradientMethod):
         return {
             **report,
             "ratio": float(self.ratio),
-            "ratio_searched": True,
+            "searched": True,
             "settings_tried": len(found),
             "interrupted": len(found) < len(SEARCHED_RATIOS) or bool(found[-1][2].get("interrupted")),
             "val_accuracy": accuracy,

@@ -132,6 +132,7 @@ class WaffleCLIP(DescribedMethod, ClassWeightMethod):
     config_class = WaffleCLIPConfig
     config: WaffleCLIPConfig
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "optional"
+    writes_texts: ClassVar[bool] = True
     repetition: Tensor
     _rows: tuple[Any, Tensor] | None = None
 
@@ -237,7 +238,7 @@ class WaffleCLIP(DescribedMethod, ClassWeightMethod):
 
     def class_weights(self) -> Tensor:
         """The mean of unit sentence features, [classes, dim]; unit rows only where they are merged."""
-        key = (self.class_names, self.backbone.device, int(self.repetition))
+        key = (self.texts_key, int(self.repetition))
         if self._rows is None or self._rows[0] != key:
             means = unit_means(self.class_sentence_features(list(self.sentences().values())))
             self._rows = (key, F.normalize(means, dim=-1) if self.config.aggregation == "merged" else means)

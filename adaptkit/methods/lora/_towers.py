@@ -215,7 +215,7 @@ class TowerMethod(ClassWeightMethod, GradientMethod):
 
     def _text_rows(self) -> TextRows:
         """The layout of all prompts, template by template; remembered for one class list."""
-        key = (self.class_names, self.templates, self.backbone.device)
+        key = self.texts_key
         if self._rows_memo is None or self._rows_memo[0] != key:
             prompts = [prompt for template in self.templates for prompt in render_prompts(self.class_names, template)]
             backbone = cast(DualEncoder, self.backbone)

@@ -96,6 +96,7 @@ class ClipLora(TowerMethod):
     config_class = ClipLoraConfig
     config: ClipLoraConfig
     novel_classes: NovelClasses = "open"
+    fixed_templates = True
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings(
         epochs=0,
         steps_per_shot=500,

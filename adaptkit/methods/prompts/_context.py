@@ -28,6 +28,7 @@ class ContextMethod(GradientMethod):
         title: Its name as written in messages.
     """
 
+    writes_texts: ClassVar[bool] = True
     title: ClassVar[str]
     context: nn.Parameter
     _phrase: str

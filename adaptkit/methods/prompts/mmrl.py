@@ -145,10 +145,8 @@ class MMRL(ClassWeightMethod, GradientMethod):
 
     @property
     def branch(self) -> Branch:
-        """Which logits `forward` gives. "by-classes": fused where all current classes were fitted, else "class".
-
-        A protocol that tests fitted names on other data (shifted versions of ImageNet) sets "class".
-        """
+        """Which logits `forward` gives. "by-classes": fused where all current classes were fitted and the images are
+        those of the dataset fitted on, else "class": also for the same names on shifted images."""
         return self._branch
 
     @branch.setter
@@ -239,7 +237,7 @@ class MMRL(ClassWeightMethod, GradientMethod):
     def answers_fused(self) -> bool:
         """Whether `forward` gives the fused logits for the current classes."""
         if self.branch == "by-classes":
-            return set(self.class_names) <= set(self.fitted_names)
+            return self.other is None and set(self.class_names) <= set(self.fitted_names)
         return self.branch == "fused"
 
     def forward(self, inputs: Tensor, branches: Mapping[str, Tensor] | None = None) -> Tensor:

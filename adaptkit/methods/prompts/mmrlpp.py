@@ -54,6 +54,7 @@ class MMRLpp(MMRL):
     title = "MMRL++"
     config_class = MMRLppConfig
     config: MMRLppConfig
+    settable = ("beta",)
     default_training = TrainingSettings(epochs=100, optimiser="adamw", lr=2e-3, views=10, crop_scale=0.5)
 
     def build(self) -> None:
@@ -72,14 +73,19 @@ class MMRLpp(MMRL):
         frozen: Tensor = self._image.projection(pooled)
         return frozen + (pooled @ self.projection_left.to(pooled.dtype)) @ self.projection_right.to(pooled.dtype)
 
+    def classes_changed(self) -> None:
+        check_share("beta", self.beta)
+        super().classes_changed()
+
     @property
     def beta(self) -> float:
-        """Share of a layer's own tokens from the second layer with tokens on; the settings' unless it was set.
+        """Share of a layer's own tokens from the second layer with tokens on; the settings', unless it was set or the
+        other dataset that is answered has a value of its own.
 
-        Setting another value for a test is for protocols that reproduce the released scripts, whose values were chosen
-        knowing the target dataset: results must say so.
+        Such values are for protocols that reproduce the released scripts, which chose them knowing the target dataset:
+        results must say so.
         """
-        return self._beta
+        return self._beta if self.other is None else float(self.other.settings.get("beta", self._beta))
 
     @beta.setter
     def beta(self, beta: float) -> None:
@@ -89,7 +95,7 @@ class MMRLpp(MMRL):
 
     @property
     def share(self) -> float:
-        return self._beta
+        return self.beta
 
     def reference_key(self, key: str) -> str:
         if key.startswith("projection_"):

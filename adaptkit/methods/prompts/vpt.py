@@ -58,6 +58,7 @@ class VPT(ClassWeightMethod, GradientMethod):
     config: VPTConfig
     reads: ClassVar[Reads] = "images"
     # no official few-shot setting exists (sheet); this is the base-to-novel one
+    fixed_templates = True
     default_training = TrainingSettings(epochs=5, batch_size=4, lr=2.5e-3, views=4)
 
     def build(self) -> None:

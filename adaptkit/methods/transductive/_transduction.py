@@ -144,17 +144,7 @@ class TransductiveMethod(Method):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
-        """Log-assignments [batch, classes] of a batch of features [batch, dim], in fp32; all images count for each.
-
-        Raises:
-            DataError: A feature isn't finite: it would spoil the answers for all the others.
-        """
-        wrong = (~torch.isfinite(inputs).all(dim=1)).nonzero()
-        if len(wrong):
-            raise DataError(
-                f"Image {int(wrong[0])} of the batch (and {len(wrong) - 1} more) has features that aren't finite:"
-                f" {self.name} answers for the whole batch together, so take it out or encode it again in fp32."
-            )
+        """Log-assignments [batch, classes] of a batch of features [batch, dim], in fp32; all images count for each."""
         classes = len(self.class_names)
         if classes == 1 or not len(inputs):
             return torch.zeros(len(inputs), classes, device=inputs.device)
@@ -162,7 +152,11 @@ class TransductiveMethod(Method):
             f = F.normalize(inputs.float(), dim=-1)
             text = self.zero_shot().float()
             self._check_assumption(f, text)
-            return self.assign(f, text, self.current_support()).float()
+            return self.answer(inputs, f, text, self.current_support()).float()
+
+    def answer(self, inputs: Tensor, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
+        """`assign`, for methods that also need the features as they came, [batch, dim]."""
+        return self.assign(f, text, support)
 
     def assign(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
         """Log-assignments [batch, classes] whose argmax is the answer.

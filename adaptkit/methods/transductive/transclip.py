@@ -6,12 +6,14 @@ overwritten; each gamma starts afresh and is chosen on validation images taken a
 gives each validation image its nearest test image's answer); the neighbours of shots are stacked in the images' order,
 and none is dropped, since a shot isn't among the test images; neighbours are searched in chunks. `parity` brings back
 the carried-over state and dropped neighbour ("aligned"), or these and the mixed-up rows ("published").
-Classes without shots start from the images most sure of them, as all do without support.
+Classes without shots start from the images most sure of them, as all do without support. `start_from` puts another
+method's probabilities in the place of zero-shot's (sheet, "Inputs"): that method is fitted first, on the same shots,
+with its paper's settings and on plain views, and saved along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import progress_of, read_all
+from adaptkit.methods.base import Method, progress_of, read_all
 from adaptkit.methods.transductive._transduction import Support, TransductiveConfig, TransductiveMethod, positive
-from adaptkit.types import FitTask, TrainingLoop
+from adaptkit.types import FitTask, TrainingLoop, TrainingSettings
 
 TEMPERING = 50.0
 """Divides the likelihood; beside it, the sums over neighbours weigh 1/6."""
@@ -46,6 +49,13 @@ class TransCLIPConfig(TransductiveConfig):
     gamma: float = field(default=0.02, metadata={"help": "Weight of the shots, before any search."})
     gammas: tuple[float, ...] = field(
         default=(0.002, 0.01, 0.02, 0.2), metadata={"help": "Weights of the shots that the search tries, in order."}
+    )
+    start_from: str = field(
+        default="zero-shot",
+        metadata={
+            "help": "Whose predictions it starts from: a method that reads features and answers image by image.",
+            "later": True,
+        },
     )
     search: bool = field(default=True, metadata={"help": "Choose gamma on validation images, where there are any."})
     parity: Literal["none", "aligned", "published"] = field(
@@ -147,7 +157,7 @@ class Solver:
 
     Args:
         f: Unit features [images, dim].
-        log_text: Log zero-shot predictions, fp32 [images, classes].
+        log_text: Log predictions of zero-shot or of another method, fp32 [images, classes].
         support: None for zero-shot.
         config: The method's settings.
         chunk: Splits rows into parts of which so many float64 numbers a row fit the memory bound.
@@ -270,6 +280,7 @@ class TransCLIP(TransductiveMethod):
 
     Attributes:
         gamma: Weight of the shots, float buffer [].
+        base: The method it starts from; None for zero-shot.
     """
 
     name = "transclip"
@@ -280,32 +291,50 @@ class TransCLIP(TransductiveMethod):
     def build(self) -> None:
         super().build()
         self.register_buffer("gamma", torch.tensor(float(self.config.gamma)))
+        self.base: Method | None = None
+        if self.config.start_from != "zero-shot":
+            kind = _startable(self.config.start_from)
+            seed = int(torch.randint(2**62, (1,), generator=self.generator))
+            self.base = kind(self.backbone, self.fitted_names, templates=self.templates, seed=seed)
 
-    def solver(self, f: Tensor, text: Tensor, support: Support | None) -> Solver:
+    def classes_changed(self) -> None:
+        super().classes_changed()
+        if self.base is not None:
+            self.base.set_classes(self.class_names)
+
+    def base_start(self, inputs: Tensor) -> Tensor | None:
+        """Log-probabilities [batch, classes] of the method it starts from, of features as they came; None without."""
+        if self.base is None:
+            return None
+        parts = [self.base(part) for part in self.chunks(inputs, len(self.class_names))]
+        return torch.cat(parts).float().log_softmax(dim=-1)
+
+    def _start(self, f: Tensor, text: Tensor) -> Tensor:
+        """Log zero-shot predictions, fp32 [batch, classes]."""
+        parts = [self.config.temperature * (part @ text.T) for part in self.chunks(f, len(text))]
+        return torch.cat(parts).log_softmax(dim=-1)
+
+    def solver(self, f: Tensor, text: Tensor, support: Support | None, log_start: Tensor | None = None) -> Solver:
         """The solver of a batch; arguments as `assign`."""
-        parts = self.chunks(f, len(text))
-        scale = self.config.temperature
-        log_text = torch.cat([torch.log_softmax(scale * (part @ text.T), dim=-1) for part in parts])
-        return Solver(f, log_text, support, self.config, self.chunks)
+        return Solver(f, self._start(f, text) if log_start is None else log_start, support, self.config, self.chunks)
 
-    def assign(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
-        wanted = self.config.effective_classes
+    def answer(self, inputs: Tensor, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
+        return self.assign(f, text, support, self.base_start(inputs))
+
+    def assign(self, f: Tensor, text: Tensor, support: Support | None, log_start: Tensor | None = None) -> Tensor:
+        """As for every method here; `log_start` [batch, classes] takes the place of zero-shot predictions."""
+        log_start, wanted = self._start(f, text) if log_start is None else log_start, self.config.effective_classes
         if not 0 < wanted < len(text):
-            return self._assign_among(f, text, support)
-        share = torch.stack(
-            [
-                torch.softmax(self.config.temperature * (part @ text.T), dim=-1).sum(dim=0)
-                for part in self.chunks(f, len(text))
-            ]
-        )
+            return self._assign_among(f, text, support, log_start)
+        share = torch.stack([part.exp().sum(dim=0) for part in self.chunks(log_start, len(text))])
         present = share.sum(dim=0).topk(wanted).indices.sort().values
-        scores = self.config.temperature * (f @ text.T)
-        scores = torch.log_softmax(scores, dim=-1) + _ABSENT  # of classes that seem absent: below all others
-        scores[:, present] = self._assign_among(f, text[present], _restricted(support, present))
+        among = log_start[:, present].log_softmax(dim=-1)
+        scores = log_start + _ABSENT  # of classes that seem absent: below all others
+        scores[:, present] = self._assign_among(f, text[present], _restricted(support, present), among)
         return scores
 
-    def _assign_among(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
-        solver, gamma = self.solver(f, text, support), float(self.gamma)
+    def _assign_among(self, f: Tensor, text: Tensor, support: Support | None, log_start: Tensor) -> Tensor:
+        solver, gamma = self.solver(f, text, support, log_start), float(self.gamma)
         if support is None or self.config.parity == "none":
             return solver.run(gamma if support is not None else 0.0).log_z
         gammas = self.config.gammas
@@ -316,6 +345,21 @@ class TransCLIP(TransductiveMethod):
     @torch.no_grad()
     def choose(self, task: FitTask, loop: TrainingLoop | None) -> dict[str, Any]:
         """Choose gamma: validation images, taken as a batch, are assigned under each; the first of the best wins."""
+        started = self._fit_base(task, loop)
+        chosen = self._choose_gamma(task, loop)
+        return {**chosen, **started, "searched": chosen["searched"] or bool(started.get("base", {}).get("searched"))}
+
+    def _fit_base(self, task: FitTask, loop: TrainingLoop | None) -> dict[str, Any]:
+        """Fit the method it starts from on the same shots; its facts as "base"."""
+        if self.base is None:
+            return {}
+        own = None if loop is None else loop.with_settings(self.base.default_training or TrainingSettings())
+        with torch.enable_grad():
+            report = self.base.fit(task, own)
+        self.base.set_classes(self.class_names).eval()
+        return {"base": report, "interrupted": bool(report.get("interrupted"))}
+
+    def _choose_gamma(self, task: FitTask, loop: TrainingLoop | None) -> dict[str, Any]:
         self.gamma.fill_(self.config.gamma)
         facts = {"gamma": self.config.gamma, "searched": False}
         support = self.current_support()
@@ -325,10 +369,12 @@ class TransCLIP(TransductiveMethod):
             return {**facts, "why_not_searched": "search is off"}
         if task.val is None or not len(task.val.labels):
             return {**facts, "why_not_searched": "there are no validation images"}
-        features = F.normalize(read_all(task.val), dim=-1).to(self.backbone.device)
+        inputs = read_all(task.val).to(self.backbone.device)
+        features, text = F.normalize(inputs, dim=-1), self.zero_shot().float()
+        solver = self.solver(features, text, support, self.base_start(inputs))
         labels = task.val.labels.to(self.backbone.device)
         correct, gammas = [], self.config.gammas
-        for number, state in enumerate(self.solver(features, self.zero_shot().float(), support).along(gammas)):
+        for number, state in enumerate(solver.along(gammas)):
             progress_of(loop)(f"{self.name}: searching gamma", number + 1, len(gammas))
             correct.append(int((state.log_z.argmax(dim=1) == labels).sum()))
         best = correct.index(max(correct))
@@ -340,6 +386,39 @@ class TransCLIP(TransductiveMethod):
             "val_images": len(labels),
             "val_accuracy": correct[best] / len(labels),
         }
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def resize_for(self, state: Mapping[str, Tensor]) -> None:
+        super().resize_for(state)
+        if self.base is not None:
+            start = "base."
+            self.base.resize_for({key.removeprefix(start): v for key, v in state.items() if key.startswith(start)})
+
+
+def _startable(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        UnknownNameError: There is none.
+        ConfigError: Its predictions can't be what TransCLIP starts from.
+    """
+    kind = methods.get(name)
+    reason = (
+        "trains on pixels"
+        if kind.reads != "image_features"
+        else "answers all images together itself"
+        if kind.transductive
+        else "needs descriptions"
+        if kind.reads_descriptions == "needed"
+        else ""
+    )
+    if reason:
+        raise ConfigError(
+            f"start_from is {name!r}, which {reason}: choose a method that reads image features and answers image by"
+            " image, such as zero-shot, coop, taskres or tip-adapter-f."
+        )
+    return kind
 
 
 def _restricted(support: Support | None, present: Tensor) -> Support | None:

@@ -7,6 +7,7 @@ memory doesn't grow with the steps (`differentiation="unrolled"` goes through th
 task's support are the training shots, as at test time, and its queries validation images (`support_from="validation"`
 draws both from the validation images, never an image twice); Newton steps as in em-dirichlet. Without validation images
 it is EM-Dirichlet with 10 iterations. For other numbers of classes the learned class weights scale with them.
+`likelihood="gaussian"` is the paper's version for vision-only features (see `_gaussian`), which needs the shots.
 Validation labels train its parameters: more labels than an inductive method sees, as the facts of the fit say.
 """
 
@@ -37,6 +38,7 @@ from adaptkit.methods.transductive._dirichlet import (
     mm_step,
     solve,
 )
+from adaptkit.methods.transductive._gaussian import gaussian_mixture
 from adaptkit.methods.transductive._transduction import Support, TransductiveConfig, TransductiveMethod, positive
 from adaptkit.types import FitTask, TrainingLoop
 
@@ -57,6 +59,10 @@ class UNEMConfig(TransductiveConfig):
     layers: int = field(default=10, metadata={"help": "EM iterations, each with weights of its own."})
     shared: bool = field(default=False, metadata={"help": "One weight and one temperature for all iterations."})
     learn_features: bool = field(default=True, metadata={"help": "Learn the factor of the cosines as well."})
+    likelihood: Literal["dirichlet", "gaussian"] = field(
+        default="dirichlet",
+        metadata={"help": "Of zero-shot probabilities (dirichlet), or of features (gaussian).", "later": True},
+    )
     matching: Literal["hungarian", "basic", "none"] = field(
         default="hungarian",
         metadata={"help": "Zero-shot: clusters get classes one to one, each its best one, or keep their number."},
@@ -87,6 +93,7 @@ class UNEMConfig(TransductiveConfig):
     def limits(self) -> tuple[tuple[str, str, bool], ...]:
         counts = ("layers", "epochs", "tasks", "tasks_per_step", "task_images", "task_shots")
         choices = {
+            "likelihood": ("dirichlet", "gaussian"),
             "matching": ("hungarian", "basic", "none"),
             "loss": ("nll", "double-softmax"),
             "differentiation": ("implicit", "unrolled"),
@@ -97,18 +104,19 @@ class UNEMConfig(TransductiveConfig):
             *((name, "at least 1", getattr(self, name) >= 1) for name in counts),
             *((name, f"one of {', '.join(known)}", getattr(self, name) in known) for name, known in choices.items()),
             ("lr", "a positive number", positive(self.lr)),
+            ("use_support", "true with likelihood gaussian", self.use_support or self.likelihood != "gaussian"),
             ("unrolled_steps", "0 (all) or more", self.unrolled_steps >= 0),
         )
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Training tasks of one size, as cosines with the class texts.
+    """Training tasks of one size, as cosines with the class texts; as unit features where likelihood is gaussian.
 
     Args:
-        query: [tasks, images, classes].
+        query: [tasks, images, classes], or [tasks, images, dim].
         labels: int64 [tasks, images].
-        support: [tasks, shots, classes]; None for zero-shot.
+        support: [tasks, shots, classes], or [tasks, shots, dim]; None for zero-shot.
         support_labels: int64 [tasks, shots].
     """
 
@@ -143,7 +151,8 @@ class UNEM(TransductiveMethod):
     """About 21 numbers are trained; the shots are kept.
 
     Attributes:
-        feature_temperature: Factor of the cosines in the probabilities, [].
+        feature_temperature: Factor of the cosines in the probabilities, []; where likelihood is gaussian, that of the
+            features is its softplus.
         class_weights: Of the class proportions, through softplus, [layers] or [1].
         temperatures: Of the assignments, 1 + softplus, [layers] or [1].
     """
@@ -167,7 +176,8 @@ class UNEM(TransductiveMethod):
     @torch.no_grad()
     def _set(self, class_weight: float, temperature: float) -> None:
         """Values before softplus, of all layers."""
-        self.feature_temperature.fill_(START_TEMPERATURE)
+        gaussian = self.config.likelihood == "gaussian"
+        self.feature_temperature.fill_(inverse_softplus(START_TEMPERATURE**0.5) if gaussian else START_TEMPERATURE)
         self.class_weights.fill_(class_weight)
         self.temperatures.fill_(temperature)
 
@@ -183,11 +193,26 @@ class UNEM(TransductiveMethod):
 
     def assign(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
         classes = len(text)
+        if self.config.likelihood == "gaussian":
+            return self._assign_gaussian(f, text, support)
         labelled = None if support is None else (support.features, support.one_hot(classes))
         temperature = float(self.feature_temperature.detach())
         mixture = DirichletMixture(self.chunks(f, classes), text, temperature, labelled, solver=self.config.solver)
         fitted = mixture.run(self.layers_for(classes))
         return fitted.log_u if support is not None else match_clusters(fitted, self.config.matching)
+
+    def _assign_gaussian(self, f: Tensor, text: Tensor, support: Support | None) -> Tensor:
+        parts = self.chunks(f, len(text) + f.shape[1])
+        start = [self.cosine_logits(part, text).log_softmax(dim=-1) for part in parts]
+        counts, sums = f.new_zeros(len(text)).double(), f.new_zeros(len(text), f.shape[1]).double()
+        if support is not None:
+            one_hot = support.one_hot(len(text))
+            counts, sums = one_hot.sum(dim=0), one_hot.T @ support.features.double()
+        layers = [(layer.balance, layer.temperature) for layer in self.layers_for(len(text))]
+        return torch.cat(gaussian_mixture(parts, start, layers, self._feature_factor(), (counts, sums)))
+
+    def _feature_factor(self) -> Tensor:
+        return F.softplus(self.feature_temperature.double())
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -220,7 +245,7 @@ class UNEM(TransductiveMethod):
             return None
         numbers = torch.Generator().manual_seed(task.seed % 2**63)
         device = self.backbone.device
-        cosines = F.normalize(read_all(task.val), dim=-1).to(device).double() @ self.zero_shot().double().T
+        shown = self._shown(F.normalize(read_all(task.val), dim=-1).to(device))
         from_val = self.config.use_support and self.config.support_from == "validation"
         pools = [(task.val.labels == index).nonzero()[:, 0] for index in range(len(self.fitted_names))]
         # a class with one image has it as a query, and no shot
@@ -233,8 +258,12 @@ class UNEM(TransductiveMethod):
         images = min(self.config.task_images, int(sizes[filled].sort().values[:effective].sum()))
         drawn = [self._draw(pools, shots, filled, effective, images, numbers) for _ in range(self.config.tasks)]
         queries = torch.stack([query for query, _ in drawn])
-        support, labels = self._task_support(cosines, task.val.labels, torch.stack([chosen for _, chosen in drawn]))
-        return Tasks(cosines[queries.to(device)], task.val.labels[queries].to(device), support, labels)
+        support, labels = self._task_support(shown, task.val.labels, torch.stack([chosen for _, chosen in drawn]))
+        return Tasks(shown[queries.to(device)], task.val.labels[queries].to(device), support, labels)
+
+    def _shown(self, f: Tensor) -> Tensor:
+        """What the likelihood sees of unit features [images, dim]: they, or their cosines with the texts; float64."""
+        return f.double() if self.config.likelihood == "gaussian" else f.double() @ self.zero_shot().double().T
 
     def _draw(
         self,
@@ -256,17 +285,19 @@ class UNEM(TransductiveMethod):
         together = torch.cat(query)
         return together[torch.randperm(len(together), generator=numbers)[:images]], torch.cat(support)
 
-    def _task_support(self, cosines: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Cosines and labels of the tasks' support: drawn validation images, or the kept training shots."""
+    def _task_support(self, shown: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is seen of the tasks' support, and its labels: drawn validation images, or the kept training shots."""
         if drawn.shape[1]:
-            return cosines[drawn.to(cosines.device)], labels[drawn].to(cosines.device)
+            return shown[drawn.to(shown.device)], labels[drawn].to(shown.device)
         if not len(self.support):
             return None, None
-        shots = self.support.double() @ self.zero_shot().double().T
+        shots = self._shown(self.support)
         return shots.expand(len(drawn), -1, -1), self.support_labels.expand(len(drawn), -1)
 
     def unrolled(self, tasks: Tasks) -> Tensor:
         """Log-assignments [tasks, images, classes] of training tasks, differentiable with respect to the parameters."""
+        if self.config.likelihood == "gaussian":
+            return self._unrolled_gaussian(tasks)
         log_z = log_probabilities(tasks.query, self.feature_temperature)
         count, _, classes = log_z.shape
         support_mass, support_sums = log_z.new_zeros(count, classes), log_z.new_zeros(count, classes, classes)
@@ -275,9 +306,7 @@ class UNEM(TransductiveMethod):
             support_mass = one_hot.sum(dim=1)
             support_sums = one_hot.transpose(1, 2) @ log_probabilities(tasks.support, self.feature_temperature)
         log_u, alpha = log_z, torch.ones_like(support_sums)
-        weights = F.softplus(self.class_weights.double()).expand(self.config.layers)
-        temperatures = 1 + F.softplus(self.temperatures.double()).expand(self.config.layers)
-        for weight, temperature in zip(weights, temperatures, strict=True):
+        for weight, temperature in self._layers():
             u = log_u.exp()
             mass = u.sum(dim=1)  # [tasks, classes]
             total = mass + support_mass
@@ -289,6 +318,22 @@ class UNEM(TransductiveMethod):
             logits = log_likelihood(alpha, log_z) + weight * v[:, None]
             log_u = torch.log_softmax(logits / temperature, dim=-1)
         return log_u
+
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Class weight and temperature of each iteration, differentiable."""
+        weights = F.softplus(self.class_weights.double()).expand(self.config.layers)
+        temperatures = 1 + F.softplus(self.temperatures.double()).expand(self.config.layers)
+        return list(zip(weights, temperatures, strict=True))
+
+    def _unrolled_gaussian(self, tasks: Tasks) -> Tensor:
+        text = self.zero_shot()
+        count, _, dim = tasks.query.shape
+        counts, sums = tasks.query.new_zeros(count, len(text)), tasks.query.new_zeros(count, len(text), dim)
+        if tasks.support is not None and tasks.support_labels is not None:
+            one_hot = F.one_hot(tasks.support_labels, len(text)).double()
+            counts, sums = one_hot.sum(dim=1), one_hot.transpose(1, 2) @ tasks.support
+        start = self.cosine_logits(tasks.query, text).double().log_softmax(dim=-1)
+        return gaussian_mixture([tasks.query], [start], self._layers(), self._feature_factor(), (counts, sums))[0]
 
     def _maximum(self, alpha: Tensor, y: Tensor) -> Tensor:
         if self.config.differentiation == "implicit":
@@ -343,7 +388,8 @@ class UNEM(TransductiveMethod):
         """The tasks of a step in parts whose backward pass fits the memory bound."""
         classes = len(self.fitted_names)
         copies = 8 if self.config.differentiation == "implicit" else 16 * (self.config.unrolled_steps or MM_STEPS)
-        per_task = 8 * copies * self.config.layers * classes * (classes + self.config.task_images)
+        width = classes if self.config.likelihood == "dirichlet" else self.backbone.spec.embed_dim
+        per_task = 8 * copies * self.config.layers * classes * (width + self.config.task_images)
         yield from torch.split(step, max(1, int(_TRAIN_BYTES / per_task)))
 
     # --- state --------------------------------------------------------------------------------------------------------

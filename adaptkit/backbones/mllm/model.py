@@ -1,0 +1,404 @@
+"""The MLLM as a backbone: image features once, prompts in one pass, continuations that share what was computed.
+
+Three things are done in one place here because getting one of them wrong changes numbers without an error: positions
+(three axes on Qwen), token types (PaliGemma, Gemma 3), and which cached keys a continuation may see.
+
+Source: mllm sheets `backbones.md` and `few-shot-classifier.md`; transformers 5.24, models/*/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.backbones.base import Backbone, BackboneSpec, Tokens
+from adaptkit.backbones.mllm.families import Family
+from adaptkit.backbones.mllm.images import ImageFeatures, features_of
+from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.trie import Trie
+from adaptkit.errors import BackboneError
+
+LOGIT_SCALE = 100.0
+"""CLIP's: feature-level methods have defaults that were chosen with it."""
+
+IMAGE_PROMPT = "Summarise the image in one word."
+TEXT_PROMPT = "{}\nSummarise the sentence in one word."
+
+HEAD_BYTES = 256 * 2**20
+"""Room for logits over the whole vocabulary; they are made in pieces and only what is asked for is kept."""
+
+KEYS_BYTES = 2 * 2**30
+"""Room for keys and values of prompts that are asked together."""
+
+TREE_NODES = 512
+"""Tokens of a candidate tree that go through the model together."""
+
+_PIXEL_KEYS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows of one length, padded on the left.
+
+    Args:
+        ids: int64 [rows, length].
+        mask: 1 at tokens, 0 at padding, int64 [rows, length].
+        positions: int64 [rows, length], or [3, rows, length].
+        next_position: Position of the token after each row, int64 [rows].
+        types: Token types [rows, length], or None for families without.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    next_position: Tensor
+    types: Tensor | None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prompts that went through the model, ready to be continued in many ways.
+
+    Args:
+        layers: Keys and values of each layer, each [rows, heads, length, size].
+        mask: As in `Batch`.
+        next_position: As in `Batch`.
+        hidden: Last hidden state of each prompt, [rows, width].
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask: Tensor
+    next_position: Tensor
+    hidden: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def select(self, rows: Sequence[int]) -> Prefix:
+        """Some of the rows, in any order and as often as asked for (rollouts of one prompt)."""
+        at = torch.as_tensor(list(rows), device=self.mask.device)
+        layers = tuple((keys[at], values[at]) for keys, values in self.layers)
+        return Prefix(layers, self.mask[at], self.next_position[at], self.hidden[at])
+
+
+class MLLM(Backbone):
+    """An image-text-to-text model with its tokenizer, chat template and image processor.
+
+    Args:
+        spec: Facts about the weights; pixels come as RGB in [0, 1].
+        family: Which family it belongs to.
+        model: The model of transformers.
+        prompter: Its way of asking.
+        processor: Its image processor.
+        image_options: Settings of the image processor for one image in one piece.
+        instruction_tokenizer: InstructBLIP's second tokenizer, or None.
+    """
+
+    is_mllm = True
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        family: Family,
+        model: Any,
+        prompter: Prompter,
+        processor: Any,
+        image_options: dict[str, Any],
+        instruction_tokenizer: Any = None,
+    ) -> None:
+        super().__init__(spec, LOGIT_SCALE)
+        self.family, self.model, self.prompter = family, model, prompter
+        self._processor, self._image_options = processor, image_options
+        self._instruction_tokenizer = instruction_tokenizer
+        self.image_token = int(model.config.image_token_id)
+        self._text_config = model.config.get_text_config()
+        body = inspect.signature(self.language.forward).parameters
+        self._cache_name = "cache" if "cache" in body else "past_key_values"  # renamed between releases
+
+    @property
+    def language(self) -> Any:
+        """The decoder without its head."""
+        return self.model.get_submodule(self.family.language)
+
+    def big_blocks(self) -> list[nn.Module]:
+        return [self.language]
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    def image_features(self, pixels: Tensor, instruction: str = "") -> ImageFeatures:
+        """What the language model will read of images; reusable in any number of prompts.
+
+        Args:
+            pixels: RGB in [0, 1], [images, 3, size, size].
+            instruction: The question, for families whose image features depend on it (InstructBLIP).
+        """
+        bytes_ = (pixels.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        made = self._processor(images=list(bytes_), return_tensors="pt", **self._image_options)
+        given = {key: made[key].to(self.device) for key in _PIXEL_KEYS if key in made}
+        given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
+        if self.family.prompted:
+            words = self._instruction_tokenizer([instruction] * len(pixels), return_tensors="pt").to(self.device)
+            given |= {"qformer_input_ids": words.input_ids, "qformer_attention_mask": words.attention_mask}
+        output = self.model.get_image_features(**given, return_dict=True)
+        return features_of(output, len(pixels), given.get("image_grid_thw"))
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def batch(
+        self, rows: Sequence[Sequence[int]], features: ImageFeatures | None = None, answers: Sequence[int] | None = None
+    ) -> Batch:
+        """Token rows as one batch, with the positions and types that the family needs.
+
+        Args:
+            rows: Token ids.
+            features: The images of all rows in reading order; only their grids are looked at.
+            answers: How many tokens at the end of each row belong to the answer; None for none.
+        """
+        length = max(map(len, rows))
+        pad = self.prompter.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        positions, after = self._positions(ids, mask, features)
+        return Batch(ids, mask, positions, after, self._types(ids, answers))
+
+    def _positions(self, ids: Tensor, mask: Tensor, features: ImageFeatures | None) -> tuple[Tensor, Tensor]:
+        if self.family.positions == "mrope":
+            grids = None if features is None or not len(features) else features.grids
+            kinds = ((ids == self.image_token) & mask.bool()).int()
+            positions, _ = self.model.model.get_rope_index(
+                ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask
+            )
+            shown = positions.masked_fill(mask[None] == 0, -1)
+            return positions, shown.amax(dim=(0, 2)) + 1
+        first = self.family.first_position
+        return (mask.cumsum(dim=1) - 1).clamp(min=0) + first, mask.sum(dim=1) + first
+
+    def _types(self, ids: Tensor, answers: Sequence[int] | None) -> Tensor | None:
+        if self.family.token_types == "image":
+            return (ids == self.image_token).int()
+        if self.family.token_types == "suffix":
+            counts = torch.tensor(list(answers) if answers is not None else [0] * len(ids), device=ids.device)
+            return (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - counts[:, None]).int()
+        return None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings as the language model reads them, [..., width]."""
+        vectors: Tensor = self.model.get_input_embeddings()(ids)
+        return vectors
+
+    def hidden(
+        self, batch: Batch, features: ImageFeatures | None = None, *, embeds: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Last hidden states [rows, length, width] of a batch in one pass, differentiable.
+
+        Args:
+            batch: From `batch`.
+            features: The images of all rows in reading order.
+            embeds: Token embeddings [rows, length, width] in place of those of `batch.ids` (soft prompts); images still
+                go where the ids have placeholders.
+            cache: A cache to fill.
+        """
+        common = {"attention_mask": batch.mask, "position_ids": batch.positions, "use_cache": cache is not None}
+        common[self._cache_name] = cache
+        shown = features is not None and len(features)
+        if self.family.composed:
+            vectors = self.embed(batch.ids) if embeds is None else embeds
+            if features is not None and shown:
+                places = (batch.ids == self.image_token)[..., None]
+                vectors = vectors.masked_scatter(places, torch.cat(features.tokens).to(vectors.dtype))
+            out: Tensor = self.language(inputs_embeds=vectors, **common).last_hidden_state
+            return out
+        if batch.types is not None:
+            common["token_type_ids"] = batch.types
+        if features is not None and shown:
+            common["mm_encoder_outputs"] = {"image": features.as_outputs(self.family)}
+        common |= {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
+        last: Tensor = self.model.model(**common).last_hidden_state
+        return last
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary, fp32 [..., vocabulary], of last hidden states [..., width]."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        cap = getattr(self._text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def prefix(self, rows: Sequence[Sequence[int]], features: ImageFeatures | None = None) -> Prefix:
+        """Put prompts through the model and keep their keys and values.
+
+        Args:
+            rows: Token ids of the prompts.
+            features: The images of all rows in reading order.
+        """
+        from transformers import DynamicCache
+
+        cache, batch = DynamicCache(), self.batch(rows, features)  # without a config it keeps all keys of all layers
+        hidden = self.hidden(batch, features, cache=cache)
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return Prefix(layers, batch.mask, batch.next_position, hidden[:, -1])
+
+    def rows_at_once(self, length: int, most: int = 16) -> int:
+        """How many prompts of `length` tokens to put through the model together, at least 1."""
+        config = self._text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        return max(1, min(most, KEYS_BYTES // (token * length)))
+
+    # --- continuations ------------------------------------------------------------------------------------------------
+
+    def _cache(self, prefix: Prefix) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(prefix.layers):
+            cache.update(keys, values, layer)
+        return cache
+
+    def _continue(self, cache: Any, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
+        """Hidden states [rows, tokens, width] of tokens behind a cache."""
+        if self.family.positions == "mrope":
+            positions = positions.expand(3, *positions.shape)
+        given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, self._cache_name: cache}
+        out: Tensor = self.language(input_ids=ids, **given).last_hidden_state
+        return out
+
+    def node_scores(self, prefix: Prefix, trie: Trie) -> Tensor:
+        """log p(token of a node | prompt, tokens above it), fp32 [rows, nodes], differentiable.
+
+        The whole tree is one sequence in which a token sees the prompt and what lies above it, so the keys and values
+        of the prompts are shared and never repeated.
+
+        Args:
+            prefix: The prompts.
+            trie: The candidates.
+        """
+        device = prefix.mask.device
+        tokens, parents = trie.tokens.to(device), trie.parents.to(device)
+        above = trie.ancestors
+        order = [(parents < 0).nonzero()[:, 0]]
+        scores = [self._picked(prefix.hidden[:, None], torch.zeros_like(order[0]), tokens[order[0]])]
+        for group in trie.groups(TREE_NODES):
+            sees, depths, group = above[group][:, group].to(device), trie.depths[group].to(device), group.to(device)
+            mask = self._tree_mask(prefix, sees, depths)
+            positions = prefix.next_position[:, None] + depths
+            hidden = self._continue(self._cache(prefix), tokens[group].expand(len(prefix), -1), mask, positions)
+            place = torch.full_like(parents, -1)
+            place[group] = torch.arange(len(group), device=device)
+            children = ((parents >= 0) & (place[parents.clamp(min=0)] >= 0)).nonzero()[:, 0]
+            scores.append(self._picked(hidden, place[parents[children]], tokens[children]))
+            order.append(children)
+        return torch.cat(scores, dim=1)[:, torch.cat(order).argsort()]
+
+    def _tree_mask(self, prefix: Prefix, sees: Tensor, depths: Tensor) -> Any:
+        """What tree tokens see: 0 or the lowest number, [rows, 1, nodes, prompt + nodes]; by kind of layer."""
+        prompt = prefix.mask.bool()[:, None, :].expand(-1, len(sees), -1)
+        full = torch.cat([prompt, sees.expand(len(prompt), -1, -1)], dim=2)
+        kinds = set(getattr(self._text_config, "layer_types", None) or ())
+        window = getattr(self._text_config, "sliding_window", None)
+        length = prompt.shape[2]
+        if not window or window >= length + int(depths.max()) + 1:
+            return self._added(full)
+        at = torch.cat([torch.arange(length, device=depths.device), length + depths])
+        near = full & (length + depths[:, None] - at < window)
+        if "sliding_attention" in kinds:
+            return {"full_attention": self._added(full), "sliding_attention": self._added(near)}
+        return self._added(full if kinds else near)
+
+    def _added(self, visible: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return hidden.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+    def _picked(self, hidden: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+        """log p of `tokens` [k] after the states at `places` [k] of `hidden` [rows, n, width]: fp32 [rows, k]."""
+        used, which = torch.unique(places, return_inverse=True)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        step = max(1, HEAD_BYTES // (8 * vocabulary * len(hidden)))  # logits and their exponentials
+        parts, order = [], []
+        for start in range(0, len(used), step):
+            logits = self.logits(hidden[:, used[start : start + step]])
+            mine = ((which >= start) & (which < start + step)).nonzero()[:, 0]
+            rows = which[mine] - start
+            parts.append(logits[:, rows, tokens[mine]] - logits.logsumexp(dim=-1)[:, rows])
+            order.append(mine)
+        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
+
+    def candidate_scores(self, prefix: Prefix, trie: Trie) -> Tensor:
+        """log p(candidate | prompt), summed over its tokens, fp32 [rows, candidates], differentiable."""
+        scores = self.node_scores(prefix, trie)
+        return scores @ trie.paths().to(scores).T
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prefix: Prefix,
+        max_tokens: int = 32,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt freely until its turn ends.
+
+        Args:
+            prefix: The prompts; `Prefix.select` repeats one for several rollouts.
+            max_tokens: Most tokens of an answer.
+            temperature: 0 takes the likeliest token; else tokens are drawn.
+            generator: Where draws come from, on the CPU.
+
+        Returns:
+            Token ids of each answer, without the token that ended it.
+        """
+        ends = torch.tensor(self.prompter.end_tokens(), device=self.device)
+        cache, mask, hidden = self._cache(prefix), prefix.mask, prefix.hidden
+        positions = prefix.next_position
+        done = torch.zeros(len(prefix), dtype=torch.bool, device=self.device)
+        answers: list[list[int]] = [[] for _ in range(len(prefix))]
+        for step in range(max_tokens):
+            tokens = _chosen(self.logits(hidden), temperature, generator)
+            done |= torch.isin(tokens, ends)
+            for row, (token, over) in enumerate(zip(tokens.tolist(), done.tolist(), strict=True)):
+                if not over:
+                    answers[row].append(token)
+            if bool(done.all()) or step == max_tokens - 1:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self._continue(cache, tokens[:, None], mask, positions[:, None] + step)[:, -1]
+        return answers
+
+    # --- as a dual encoder --------------------------------------------------------------------------------------------
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features = self.image_features(pixels, IMAGE_PROMPT)
+        rows = [self.prompter.ids([Turn(IMAGE_PROMPT)], [count]) for count in features.counts]
+        return self.hidden(self.batch(rows, features), features)[:, -1].float()
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        if isinstance(texts, str):
+            raise BackboneError(f"tokenize takes a list of texts, not one text: write [{texts!r}].")
+        rows = []
+        for text in texts:
+            self.prompter.check_text(text, "text")
+            rows.append(self.prompter.ids([Turn(TEXT_PROMPT.format(text), 0)]))
+        ends = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.int64, device=self.device)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        return Tokens(ids, ends)
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        rows = [ids[: end + 1] for ids, end in zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)]
+        parts = [self.hidden(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
+        return torch.cat(parts).float()
+
+
+def _chosen(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """The next token of each row, int64 [rows]."""
+    if temperature <= 0:
+        return logits.argmax(dim=-1)
+    shares = (logits / temperature).softmax(dim=-1).cpu()
+    return torch.multinomial(shares, 1, generator=generator)[:, 0].to(logits.device)

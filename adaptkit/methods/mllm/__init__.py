@@ -1,0 +1,1 @@
+"""Methods that ask a multimodal language model."""

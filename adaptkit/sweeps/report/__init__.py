@@ -1,0 +1,1 @@
+"""Reports: tables with tests, plots and one HTML page, from folders of results."""

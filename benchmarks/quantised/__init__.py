@@ -1,0 +1,1 @@
+"""Memory of quantised towers."""

@@ -1,0 +1,100 @@
+"""Multimodal language models through the command line and `FewShotClassifier`: protocols, adapters, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import adaptkit
+from adaptkit import FewShotClassifier
+from adaptkit.errors import AdaptKitWarning
+from adaptkit.evaluation.results import read_run
+from tests.backbones import tiny_mllm as tiny
+from tests.cli.conftest import CLASSES
+
+
+@pytest.fixture
+def backbone():
+    return f"transformers:{tiny.save('llava')}"
+
+
+@pytest.mark.parametrize("settings", [[], ["route=letters", "options=2"], ["route=constrained"]])
+def test_base_to_novel(call, photos, tmp_path, backbone, settings):
+    out = tmp_path / "out"
+    words = ["run", photos, "--method", "mllm-zero-shot", "--backbone", backbone, "--shots", 2, "--out", out, "--json"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    outcome = call(*words, "--protocol", "base-to-novel")
+    assert outcome.exit_code == 0, outcome.output
+    result = read_run(out)
+    assert [(part.name, part.num_classes) for part in result.parts] == [("base", 2), ("novel", 2)]
+    assert sum(part.total for part in result.parts) == 8
+    assert result.fit["prompt"].startswith("What object is shown")
+    assert result.fit["tokens_per_image"] == 4
+    letters = result.parts[0].metrics.get("answers", {}).get("letter_bias")
+    assert (letters is not None) == ("route=letters" in settings)
+
+
+def test_answers_that_name_nothing_are_wrong_and_counted(call, photos, tmp_path, backbone):
+    out = tmp_path / "out"
+    words = ["run", photos, "--method", "mllm-zero-shot", "--backbone", backbone, "--shots", 2, "--out", out]
+    outcome = call(*words, "--set", "route=open", "--set", "max_tokens=2")
+    assert outcome.exit_code == 0, outcome.output
+    part = read_run(out).part("all")
+    assert part.metrics["answers"]["share_none"] == 1
+    assert part.correct == 0
+
+
+def test_an_adapter_on_disk_predicts(call, photos, tmp_path, backbone):
+    out, picture = tmp_path / "out", photos / "oak" / "0.png"
+    words = ["run", photos, "--method", "mllm-icl", "--backbone", backbone, "--shots", 2, "--set", "examples=2"]
+    assert call(*words, "--out", out).exit_code == 0
+    outcome = call("predict", out, picture, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    loaded = adaptkit.load(out / "adapter")
+    shown = json.loads(outcome.stdout)
+    assert loaded.predict_one(picture) in json.dumps(shown)
+    assert loaded.predict_proba([picture]).shape == (1, len(CLASSES))
+
+
+def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
+    chosen = "mllm-zero-shot,zero-shot,tip-adapter,linear-probe,gda"
+    words = ["compare", photos, "--methods", chosen, "--backbone", backbone, "--shots", 2, "--out", tmp_path / "out"]
+    outcome = call(*words, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    assert {run["key"]["method"] for run in json.loads(outcome.stdout)["runs"]} == set(chosen.split(","))
+
+
+def test_as_an_estimator(photos, tmp_path, backbone):
+    pictures = [Image.open(path) for label in ("oak", "yew") for path in sorted((photos / label).iterdir())[:3]]
+    labels = ["oak"] * 3 + ["yew"] * 3
+    classifier = FewShotClassifier("mllm-zero-shot", backbone, settings={"normalisation": "calibrated"})
+    classifier.fit(pictures, labels)
+    before = classifier.predict_proba(pictures)
+    classifier.save(tmp_path / "saved")
+    np.testing.assert_allclose(adaptkit.load(tmp_path / "saved").predict_proba(pictures), before, atol=1e-6)
+    silent = FewShotClassifier("mllm-zero-shot", backbone, settings={"route": "open", "max_tokens": 1})
+    with pytest.warns(AdaptKitWarning, match="no answer that names a class for 6 of 6 images"):
+        assert silent.fit(pictures, labels).predict_proba(pictures) == pytest.approx(0.5)
+
+
+def test_bad_input(refused, photos, tmp_path, backbone):
+    def run(*more, dataset=photos, method="mllm-zero-shot"):
+        message = refused("run", dataset, "--method", method, "--shots", 2, "--out", tmp_path / "out", *more)
+        assert not (tmp_path / "out").exists()
+        return " ".join(message.split())
+
+    assert "isn't one" in run("--backbone", "mini")
+    assert "can't be opened" in run("--backbone", backbone, method="coop")
+    assert "did you mean 'letters'" in run("--backbone", backbone, "--set", "route=lettrs")
+    assert "setting 'examples'" in run("--backbone", backbone, "--set", "examples=60", method="mllm-icl")
+    assert "for multimodal language models" in run("--backbone", "mini@bf16", method="zero-shot")
+    bare = tiny.save("qwen2_vl", tmp_path / "bare", template="")
+    assert "no chat template" in run("--backbone", f"transformers:{bare}")
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"oak": "an <image> of an oak"}))
+    assert "control token" in run("--backbone", backbone, "--display-names", names)
+    names.write_text(json.dumps({"oak": "oak " * 200}))
+    assert "more than the 512" in run("--backbone", backbone, "--display-names", names)
