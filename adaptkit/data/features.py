@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import operator
 import os
 import re
@@ -486,6 +487,7 @@ class FeatureStore:
         self._verified: set[tuple[Any, ...]] = set()
         self._counting = threading.Lock()
         self._warned = False
+        self._since_trim = math.inf  # bytes made since the store's size was looked at, which reads every shelf
 
     def features(
         self,
@@ -563,6 +565,13 @@ class FeatureStore:
         """Delete the least recently used features until at most `max_bytes` are stored; returns the bytes freed."""
         return self._trim(keep="")
 
+    def _trim_now_and_then(self, keep: str, made: int) -> None:
+        """Trim after the first features made, and then whenever a hundredth of the room was filled."""
+        self._since_trim += made
+        if self._since_trim >= self.max_bytes / 100:
+            self._since_trim = 0
+            self._trim(keep)
+
     def _trim(self, keep: str) -> int:
         entries = self.entries()
         excess = sum(entry.bytes for entry in entries) - self.max_bytes
@@ -592,12 +601,13 @@ class FeatureStore:
             return table.in_order()
         shelf = self._shelf(job)
         shelf.read(table)
-        if table.missing():
+        missing = len(table.missing())
+        if missing:
             with self._locked(shelf) as writable:
                 shelf.read(table)  # whoever held the lock may have made them
                 self._make(job, table, shelf if writable else None)
             if writable:
-                self._trim(keep=shelf.folder.name)
+                self._trim_now_and_then(keep=shelf.folder.name, made=4 * missing * job.views.backbone.spec.embed_dim)
         shelf.touch()
         return table.in_order()
 

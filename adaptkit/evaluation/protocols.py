@@ -492,7 +492,7 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     """Logits in which an image without an answer counts as wrong, and which images have one.
 
     A method that gets no usable answer for an image gives a row of NaN. In place of it all classes but the right one
-    share the probability, so that no metric profits.
+    share the probability, so that no metric profits. Of a single class there is nothing else to say, and it counts.
 
     Args:
         logits: [n, classes].
@@ -506,7 +506,8 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
         return logits, answered
     logits = logits.copy()
     logits[~answered] = 0.0
-    logits[~answered, labels[~answered]] = -np.inf
+    if logits.shape[1] > 1:
+        logits[~answered, labels[~answered]] = -np.inf
     return logits, answered
 
 

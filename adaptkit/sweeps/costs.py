@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adaptkit.evaluation.results import RunResult
 from adaptkit.methods import methods
+from adaptkit.sweeps.backbones import DEFAULT
 from adaptkit.sweeps.plan import PlannedRun
 from adaptkit.sweeps.results import RunRecord
 
@@ -25,6 +26,8 @@ _STEP_IMAGES = 32
 _SECONDS = {"run": 0.2, "step": 0.003}
 _RUN_BYTES = 60_000
 _PROCESS_BYTES = 0.5e9
+FEATURES = "features:"
+"""Begins the names of datasets that are files of ready features."""
 _Key = tuple[str, ...]
 
 
@@ -72,7 +75,7 @@ def probe(name: str) -> Probe:
 
     from adaptkit.backbones.load import load_backbone
 
-    backbone = load_backbone(name)
+    backbone = load_backbone("mini" if name == DEFAULT else name)
     size, count = backbone.spec.preprocessing.image_size, 8
     pixels = torch.zeros(count, 3, size, size)
     with torch.inference_mode():
@@ -123,8 +126,8 @@ def distinct_views(runs: Iterable[PlannedRun]) -> dict[str, int]:
     tests: dict[_Key, int] = {}
     trains: dict[_Key, int] = defaultdict(int)
     for run in runs:
-        if run.size.reads != "image_features":
-            continue
+        if run.size.reads != "image_features" or run.spec.task.dataset.startswith(FEATURES):
+            continue  # nothing is stored, or all of it is
         task, backbone = run.spec.task, run.spec.backbone
         place = (backbone, task.dataset)
         tests[place] = max(tests.get(place, 0), run.size.test)

@@ -20,6 +20,7 @@ from adaptkit.evaluation.results import RESULT_FILE, RunKey, read_run
 from adaptkit.evaluation.tasks import TaskSpec, load_task
 from adaptkit.methods import methods
 from adaptkit.storage import read_json
+from adaptkit.sweeps.backbones import DEFAULT, KeptBackbone
 from adaptkit.sweeps.suite import RunSpec, Suite, expand, raise_problems
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def in_words(spec: RunSpec) -> str:
     task = spec.task
     recipe = f" ({spec.recipe})" if spec.recipe else ""
     which = f"{task.protocol}, {task.shots} shots, seed {task.seed}"
-    return f"{spec.method}{recipe} on {task.dataset}, {which}, {spec.backbone}"
+    backbone = "" if spec.backbone == DEFAULT else f", {spec.backbone}"
+    return f"{spec.method}{recipe} on {task.dataset}, {which}{backbone}"
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ def make_plan(suite: Suite, *, progress: ProgressCallback | None = None) -> Plan
     with datasets_kept():
         for _, group in groupby(specs, key=lambda spec: spec.backbone):
             planner.add_backbone(list(group))
+        planner.add_unseen()
     where = f"suite {suite.name}"
     raise_problems(where, planner.problems)
     if not planner.runs:
@@ -153,14 +156,21 @@ class _Planner:
         self.progress, self.total, self.looked_at = progress, total, 0
         self.runs: dict[str, PlannedRun] = {}
         self.problems: list[str] = []
+        self.kept = KeptBackbone()
+        self.seen: set[str] = set()
+        self.unseen: set[str] = set()
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}
 
     def add_backbone(self, specs: list[RunSpec]) -> None:
+        for task, group in groupby(specs, key=lambda spec: spec.task):
+            self._add_task(task, list(group))
+
+    def add_unseen(self) -> None:
+        """Backbones that no task could be loaded for: their names may be wrong too."""
         from adaptkit.backbones.load import load_backbone
 
-        backbone = self._tried(lambda: load_backbone(specs[0].backbone))
-        for task, group in groupby(specs, key=lambda spec: spec.task):
-            self._add_task(task, backbone, list(group))
+        for name in sorted(self.unseen - self.seen - {DEFAULT}):
+            self._tried(lambda name=name: load_backbone(name))  # type: ignore[misc]
 
     def notes(self) -> list[str]:
         """What was left out; datasets with the same to say come together."""
@@ -179,8 +189,15 @@ class _Planner:
             self.problems.append(f"{where}{error}")
             return None
 
-    def _add_task(self, spec: TaskSpec, backbone: Backbone | None, specs: list[RunSpec]) -> None:
+    def _add_task(self, spec: TaskSpec, specs: list[RunSpec]) -> None:
         task = self._tried(lambda: load_task(spec))
+        name = specs[0].backbone
+        if task is None:
+            backbone = None
+            self.unseen.add(name)
+        else:
+            backbone = self._tried(lambda: self.kept.get(name, task.dataset))
+            self.seen.add(name)
         for run in specs:
             self.looked_at += 1
             if task is not None and backbone is not None:
@@ -193,7 +210,9 @@ class _Planner:
     def _add_run(self, spec: RunSpec, task: Task, backbone: Backbone) -> None:
         reason = why_impossible(spec.method, task, backbone)
         if reason and spec.named:
-            self.problems.append(f"{spec.method} can't run on {task.dataset.name} with {spec.backbone}: it {reason}.")
+            self.problems.append(
+                f"{spec.method} can't run on {task.dataset.name} with {backbone.spec.name}: it {reason}."
+            )
         elif reason:
             self.left_out.setdefault((task.dataset.name, reason), {})[spec.method] = None
         else:
@@ -310,7 +329,7 @@ def counted(plan: Plan, found: Mapping[str, State]) -> Iterator[dict[str, Any]]:
     """Rows for people: the runs by protocol, backbone and dataset, with what there is of them."""
     groups: dict[tuple[str, str, str], list[PlannedRun]] = {}
     for run in plan.runs:
-        groups.setdefault((run.spec.task.protocol, run.spec.backbone, run.spec.task.dataset), []).append(run)
+        groups.setdefault((run.key.protocol, run.key.backbone, run.spec.task.dataset), []).append(run)
     for (protocol, backbone, dataset), runs in groups.items():
         have = [found[run.digest] for run in runs]
         yield {

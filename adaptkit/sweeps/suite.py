@@ -11,8 +11,8 @@
     include: [{methods: [zero-shot], shots: [1]}]      more grids; axes left out are those above
     exclude: [{methods: [coop], datasets: [digits]}]   what all words of an entry fit is left out
 
-`all`, `feature-level` (frozen features are all they need) and `tower-level` (they run a tower while they train) stand
-for methods, `embedded` for datasets. A combination that can't work (a
+`all`, `feature-level` (frozen features are all they need) and `tower-level` (they run a tower while they are
+fitted) stand for methods, `embedded` for datasets. A combination that can't work (a
 method that needs descriptions, on a dataset without) is left out with a note where it was reached by such a word, and
 refused where it was named.
 """
@@ -29,6 +29,7 @@ from adaptkit.errors import ConfigError, MissingPathError, UnknownNameError
 from adaptkit.evaluation.recipes import PROTOCOLS, SUITES_FOLDER, recipes_folder
 from adaptkit.evaluation.tasks import TaskSpec
 from adaptkit.methods import methods
+from adaptkit.sweeps.backbones import DEFAULT
 
 METHOD_WORDS = ("all", "feature-level", "tower-level")
 DATASET_WORD = "embedded"
@@ -92,7 +93,7 @@ class Suite:
         shots: Images per class.
         seeds: Seeds of shots and training.
         protocols: Some of `PROTOCOLS`.
-        backbones: Names as for `load_backbone`.
+        backbones: Names as for `load_backbone`, or "default": a feature file's own, else `mini`.
         precision: Of the frozen encoder.
         set: Settings for all methods that read them.
         include: More grids.
@@ -107,7 +108,7 @@ class Suite:
     shots: tuple[int, ...] = (16,)
     seeds: tuple[int, ...] = (1, 2, 3)
     protocols: tuple[str, ...] = ("few-shot",)
-    backbones: tuple[str, ...] = ("mini",)
+    backbones: tuple[str, ...] = (DEFAULT,)
     precision: Literal["fp32", "bf16"] = "fp32"
     set: tuple[str, ...] = ()
     include: tuple[Grid, ...] = ()
@@ -130,7 +131,7 @@ class RunSpec:
     Args:
         method: Registered name.
         task: What it runs on.
-        backbone: Name as for `load_backbone`.
+        backbone: Name as for `load_backbone`, or "default".
         recipe: As after --recipe.
         overrides: Settings of its own, as after --set.
         shared: Settings of the suite, for methods that read them.
@@ -366,8 +367,8 @@ def methods_of(word: str) -> list[str]:
 
 
 def is_feature_level(method: str) -> bool:
-    """Whether frozen features are all that a method needs while it trains: prompts run the text tower."""
-    return methods.get(method).reads == "image_features" and methods.entry(method).family != "prompts"
+    """Whether frozen features are all that a method needs: prompts, for one, run the text tower."""
+    return methods.get(method).reads == "image_features" and not methods.get(method).writes_texts
 
 
 def _axis_value(spec: RunSpec, axis: str) -> Any:

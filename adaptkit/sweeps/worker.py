@@ -27,6 +27,7 @@ from adaptkit.data.splits import Split
 from adaptkit.errors import AdaptKitError, DataError, StorageError
 from adaptkit.evaluation.tasks import TaskSpec, load_task
 from adaptkit.storage import digest_json, read_json, try_lock, write_json
+from adaptkit.sweeps.backbones import KeptBackbone
 from adaptkit.sweeps.claims import CLAIMS, GROUP, JOBS, Claim
 from adaptkit.sweeps.plan import FAILURES, Failure, finished, in_words, place_of, plan_of
 from adaptkit.sweeps.suite import RunSpec
@@ -159,6 +160,7 @@ class Worker:
         self._kept = ExitStack()
         self._kept.enter_context(datasets_kept(DATASETS_KEPT))
         self.device = _own_device(settings.device, self._kept)
+        self.backbones = KeptBackbone(self.device)
         self.store = SharedFeatures(settings.cache)
         self.groups: dict[str, deque[Job]] = {}
         for content in read_json(settings.jobs):
@@ -166,7 +168,6 @@ class Worker:
             self.groups.setdefault(digest_json([job.spec.backbone, asdict(job.spec.group[1])]), deque()).append(job)
         self.group: str | None = None
         self._place: int | None = None  # the lock that tells others we are at this group
-        self._backbone: tuple[str, Backbone] | None = None
         self._tasks: dict[TaskSpec, Task] = {}
 
     def close(self) -> None:
@@ -219,16 +220,17 @@ class Worker:
     def do(self, job: Job) -> Outcome:
         """Do a run; what goes wrong with it is written down, and others go on."""
         try:
-            backbone = self.backbone(job.spec.backbone)
-            outcome = self._run(self._plan(job, backbone), backbone)
+            task = self._task(job.spec.task)
+            backbone = self.backbones.get(job.spec.backbone, task.dataset)
+            outcome = self._run(self._plan(job, task, backbone), backbone)
             self._write(job, outcome)
         except Exception as error:
             return self._failed(job, error)
         result = outcome.result
         return Outcome(job.digest, "done", "", sum(result.seconds.values()), result.images_encoded)
 
-    def _plan(self, job: Job, backbone: Backbone) -> RunPlan:
-        plan = plan_of(job.spec, self._task(job.spec.task), backbone)
+    def _plan(self, job: Job, task: Task, backbone: Backbone) -> RunPlan:
+        plan = plan_of(job.spec, task, backbone)
         if plan.key.digest != job.digest:
             raise DataError(
                 "The data, the backbone or a recipe isn't what it was when the sweep was planned: plan it again."
@@ -248,15 +250,6 @@ class Worker:
 
         folder = self.out / place_of(job.digest)
         write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
-
-    def backbone(self, name: str) -> Backbone:
-        """The backbone of that name. Only one is kept."""
-        from adaptkit.backbones.load import load_backbone
-
-        if self._backbone is None or name != self._backbone[0]:
-            self._backbone = None  # two at once may not fit
-            self._backbone = (name, load_backbone(name, device=self.device))
-        return self._backbone[1]
 
     def _task(self, spec: TaskSpec) -> Task:
         if spec not in self._tasks:

@@ -16,7 +16,9 @@ from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.load import load_backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.evaluation.results import RESULT_FILE, RunResult
+from adaptkit.evaluation.tasks import load_task
 from adaptkit.storage import write_json
+from adaptkit.sweeps.backbones import DEFAULT
 from adaptkit.sweeps.plan import Plan, make_plan, place_of
 from adaptkit.sweeps.results import read_runs
 from adaptkit.sweeps.suite import read_suite
@@ -126,7 +128,9 @@ def measure_sharing(sizes: Sizes, folder: Path) -> dict[str, Any]:
         watched(DualEncoder, "encode_image", encoding),
         worker_for(plan, folder / "sharing", folder / "sweep-features") as worker,
     ):
-        worker.backbone("mini")  # a worker's start isn't counted, here as below
+        worker.backbones.get(
+            DEFAULT, load_task(plan.runs[0].spec.task).dataset
+        )  # a worker's start isn't counted, here as below
         with whole.running():
             outcomes = [outcome for outcome in iter(worker.next, None) if outcome is not None]
     lost = [outcome.reason for outcome in outcomes if outcome.state != "done"]

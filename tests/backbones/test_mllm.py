@@ -297,6 +297,18 @@ def test_an_older_file_of_the_template(tmp_path):
         load_backbone(f"transformers:{folder}")
 
 
+def test_a_model_without_a_placeholder_is_refused(tmp_path):
+    import json
+
+    folder = tiny.save("blip2", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for number in (None, 900):
+        config["image_token_index"] = number
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(BackboneError, match="no placeholder for images"):
+            load_backbone(f"transformers:{folder}")
+
+
 def test_code_of_a_repository_is_never_run(tmp_path):
     import json
 

@@ -16,7 +16,7 @@ from adaptkit.evaluation.results import read_run
 from adaptkit.methods import methods
 from adaptkit.types import TensorInputs
 from tests.cli.conftest import CLASSES
-from tests.quick import description_words, quick_overrides, sentences
+from tests.quick import backbone_words, description_words, quick_overrides, sentences
 
 ON_FEATURES = sorted(name for name in methods if methods.get(name).reads == "image_features")
 SEARCHING = {
@@ -34,7 +34,7 @@ def words(tmp_path):
 
     def make(method: str, photos: Path, *more: object, names: object = CLASSES) -> list[object]:
         given = ["run", photos, "--method", method, "--shots", 2, "--out", tmp_path / "out"]
-        given += description_words(method, names, tmp_path)
+        given += [*description_words(method, names, tmp_path), *backbone_words(method)]
         return [*given, *(word for setting in quick_overrides(method) for word in ("--set", setting)), *more]
 
     return make

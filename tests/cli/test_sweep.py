@@ -49,7 +49,7 @@ def test_a_failed_run_is_exit_code_1_and_is_listed_with_its_reason(call, suite):
     done = call("sweep", "run", suite, "--jobs", 1)
     assert done.exit_code == 1, done.output
     assert "2 runs: 1 done now, 0 before, 1 failed" in done.output
-    assert "failed: clip-adapter on photos, few-shot, 1 shots, seed 1, mini: " in done.output
+    assert "failed: clip-adapter on photos, few-shot, 1 shots, seed 1: " in done.output
     assert "Traceback" not in done.output
     status = call("sweep", "status", suite, "--json")
     assert status.exit_code == 0

@@ -111,6 +111,16 @@ def test_calibration_stays_near_one_where_nothing_is_to_be_learned():
     torch.testing.assert_close(shift, torch.zeros(3), rtol=0.01, atol=0.01)
 
 
+def test_small_groups_change_nothing(backbone, pixels, monkeypatch):
+    from adaptkit.backbones.mllm import model
+
+    wanted = {route: ask(make(backbone, route=route), pixels) for route in ("likelihood", "letters")}
+    monkeypatch.setattr(model, "KEYS_BYTES", 1)
+    assert make(backbone).at_once() == 1
+    for route, logits in wanted.items():
+        torch.testing.assert_close(ask(make(backbone, route=route), pixels), logits, rtol=1e-4, atol=1e-5)
+
+
 # --- letters ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +245,7 @@ def test_unanswered_images_are_counted_wrong():
     assert (metrics.correct, metrics.total) == (1, 3)
     assert np.isnan(logits[1]).all()
     assert counted_wrong(filled, labels)[0] is filled
+    assert counted_wrong(np.array([[np.nan]]), np.array([0]))[0].tolist() == [[0.0]]
 
 
 # --- questions and refusals -------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_failing_run_does_not_stop_the_others_and_is_tried_again_on_request(be
     first = run_sweep(plan, bench.out, jobs=1, progress=lambda *words: said.append(words))
     assert (first.done, len(first.failed), first.left) == (4, 2, 0)
     assert [failure.reason for failure in first.failed] == ["ValueError: the reason of it all"] * 2
-    assert first.failed[0].run == "broken on photos, few-shot, 1 shots, seed 1, mini"
+    assert first.failed[0].run == "broken on photos, few-shot, 1 shots, seed 1"
     text = (bench.out / "failures" / first.failed[0].traceback).read_text()
     assert "Traceback" in text
     assert "misbehaving.py" in text

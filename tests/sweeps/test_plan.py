@@ -88,16 +88,16 @@ def test_states(tmp_path):
 
 def test_costs_come_from_earlier_runs_where_there_are_some(tmp_path):
     plan = planned(methods=["tip-adapter", "zero-shot"], seeds=[1, 2])
-    probes = {"mini": Probe(seconds=0.001, dim=512, bytes=10_000_000)}
+    probes = {"default": Probe(seconds=0.001, dim=512, bytes=10_000_000)}
     views = distinct_views(plan.runs)
     tip = next(run for run in plan.runs if run.spec.method == "tip-adapter")
     assert tip.size.views > 0
-    assert views == {"mini": tip.size.test + 2 * tip.size.train * (1 + tip.size.views)}  # each view once, by seed
+    assert views == {"default": tip.size.test + 2 * tip.size.train * (1 + tip.size.views)}  # each view once, by seed
     rough = estimate(plan.runs, [], probes)
     assert (rough.runs, rough.measured) == (4, 0)
     assert "rough model" in rough.basis
     earlier = replace(made_result(), seconds={"features": 50.0, "fit": 3.0, "evaluate": 1.0}, peak_memory_bytes=10**10)
     known = estimate(plan.runs, [RunRecord(tmp_path, earlier)], probes)
     assert (known.measured, known.memory_bytes) == (2, 1e10)
-    assert known.encoding_seconds == pytest.approx(views["mini"] * 0.001)
+    assert known.encoding_seconds == pytest.approx(views["default"] * 0.001)
     assert known.seconds - rough.seconds == pytest.approx(2 * (4.0 - 0.2))

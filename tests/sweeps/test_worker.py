@@ -11,6 +11,7 @@ import pytest
 
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.data import sources
+from adaptkit.evaluation import stored
 from adaptkit.sweeps.claims import Claim, abandoned, in_progress
 from adaptkit.sweeps.plan import make_plan, place_of, states
 from adaptkit.sweeps.suite import read_suite
@@ -49,9 +50,7 @@ def test_backbone_datasets_and_views_are_loaded_once(bench, do, monkeypatch):
 
         return counted
 
-    import adaptkit.backbones.load as load
-
-    monkeypatch.setattr(load, "load_backbone", counting("backbones", load.load_backbone))
+    monkeypatch.setattr(stored, "load_backbone", counting("backbones", stored.load_backbone))
     monkeypatch.setattr(
         DualEncoder, "encode_image", counting("pixels", DualEncoder.encode_image, lambda tower, pixels: len(pixels))
     )

@@ -51,7 +51,7 @@ def load_mllm(name: str, source: str, config: Any, weights: str = "fp32") -> MLL
     if family.prompted:
         make = lambda: AutoTokenizer.from_pretrained(source, subfolder="qformer_tokenizer")  # noqa: E731
         instruction = from_library(name, make, "Q-Former's tokenizer")
-    image_token = str(tokenizer.convert_ids_to_tokens(int(config.image_token_id)))
+    image_token = _placeholder(name, tokenizer, config)
     context = int(getattr(text, "max_position_embeddings", 0) or tokenizer.model_max_length)
     template = chat_template(name, source) or _own_template(tokenizer)
     prompter = Prompter(name, family, tokenizer, template, image_token, context)
@@ -77,6 +77,18 @@ def load_mllm(name: str, source: str, config: Any, weights: str = "fp32") -> MLL
     backbone = MLLM(spec, family, model, prompter, processor, options, instruction)
     backbone.freeze()
     return backbone
+
+
+def _placeholder(name: str, tokenizer: Any, config: Any) -> str:
+    """The token that images take the place of, as text."""
+    number = getattr(config, "image_token_id", None)
+    token = None if number is None else tokenizer.convert_ids_to_tokens(int(number))
+    if not token:
+        raise BackboneError(
+            f"Backbone {name!r} has no placeholder for images (its config says token {number}): its files are older"
+            " than what transformers reads today; look for a newer revision of it."
+        )
+    return str(token)
 
 
 def _model(name: str, source: str, dtype: torch.dtype | str) -> Any:

@@ -43,6 +43,12 @@ class AskingMethod(Method):
         self._trie_memo: tuple[Any, Trie] | None = None
         self._word_memo: dict[tuple[str, ...], tuple[Trie, list[int]]] = {}
 
+    def fold(self) -> Fold:
+        raise UnsupportedError(
+            f"{self.name} can't be folded: the language model reads every image. Keep the adapter folder, which"
+            " 'adaptkit predict' reads, or put a method on features on this backbone."
+        )
+
     @property
     def mllm(self) -> MLLM:
         return cast(MLLM, self.backbone)
@@ -67,12 +73,6 @@ class AskingMethod(Method):
         longest = int(self.trie().lengths.max())
         prompt = len(prompter.ids([Turn(self.question)], [self.placeholders]))
         prompter.check_length(prompt + longest, "The question with the longest class name")
-
-    def fold(self) -> Fold:
-        raise UnsupportedError(
-            f"{self.name} can't be folded: a language model reads every image and scores each answer. Keep the adapter"
-            " folder, which 'adaptkit predict' reads."
-        )
 
     def trie(self) -> Trie:
         """The current class names as candidate answers; remembered for one class list."""

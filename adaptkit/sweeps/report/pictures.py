@@ -80,12 +80,10 @@ class Images:
 
     def names(self, part: str, classes: int) -> list[str]:
         """Class names of a part, in its own order; numbers where they aren't known."""
-        if self._task is not None:
-            for tested in self._task.parts:
-                if tested.name == part and len(tested.split.class_names) == classes:
-                    return list(tested.split.class_names)
-        if part in ("all", "base", SOURCE) and len(self._result.class_names) == classes:
-            return list(self._result.class_names)
+        stored = next((found.class_names for found in self._result.parts if found.name == part), ())
+        names = stored or (() if part == "novel" else self._result.class_names)  # else those trained on
+        if len(names) == classes:
+            return list(names)
         return [f"{part} class {number}" for number in range(classes)]
 
     def pictures(self, predictions: Predictions, places: Sequence[int]) -> list[str]:
