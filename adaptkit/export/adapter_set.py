@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.tower import ImageTower
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnknownNameError
-from adaptkit.export.fold import fold
+from adaptkit.export.fold import proven_fold
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, saved_labels
-from adaptkit.methods.folding import image_encoder
 from adaptkit.methods.lora._towers import TowerMethod, inject, shared_copy
 
 Source = AdaptedModel | str | Path
@@ -68,7 +67,6 @@ class AdapterSet:
 
     def __init__(self, backbone: Backbone, adapters: Mapping[str, Source] | None = None) -> None:
         self.backbone = backbone
-        self._encoder = image_encoder(backbone)
         self._entries: dict[str, _Entry] = {}  # replaced as a whole, never changed: who reads it needs no lock
         self._change = RLock()
         self._lora = _LoraTower(backbone)
@@ -149,8 +147,8 @@ class AdapterSet:
             with torch.inference_mode(False), torch.no_grad():
                 head = method.cosine_head(method.folded_weights())
                 return _Entry(labels, head, lora=self._lora.add(method))
-        folded = fold(model)
-        return _Entry(labels, folded.head, None if folded.reads_features else folded.image)
+        parts = proven_fold(method)
+        return _Entry(labels, parts.head, parts.tower)
 
     def _forget(self, entry: _Entry | None) -> None:
         if entry is not None and entry.lora:
@@ -185,7 +183,7 @@ class AdapterSet:
                 elif entry.tower is not None:
                     answers[name] = entry.head(entry.tower(pixels))
                 else:
-                    features = self._encoder(pixels) if features is None else features
+                    features = self.backbone.encode_image(pixels) if features is None else features
                     answers[name] = entry.head(features)
         return answers
 
@@ -232,7 +230,7 @@ class AdapterSet:
         shared = [row for row, entry in enumerate(entries) if entry.tower is None and not entry.lora]
         lora = [row for row, entry in enumerate(entries) if entry.lora]
         if shared:
-            yield shared, self._encoder(pixels[shared]), _members(shared, entries)
+            yield shared, self.backbone.encode_image(pixels[shared]), _members(shared, entries)
         if lora:
             yield lora, self._lora(pixels[lora], [entries[row].lora for row in lora]), _members(lora, entries)
         own = [row for row, entry in enumerate(entries) if entry.tower is not None]
