@@ -297,6 +297,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         Args:
             X: Images (see the class).
             abstain_below: Answer None where the likeliest label's probability is lower; the array then holds objects.
+                Probabilities mean more after `calibrate`.
 
         Raises:
             ConfigError: `abstain_below` isn't between 0 and 1.

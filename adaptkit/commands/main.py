@@ -17,7 +17,7 @@ _VERBS = {
     "sweep": "many runs from a YAML suite",
     "report": "tables, plots and one HTML page from results",
     "predict": "class names and probabilities for images",
-    "export": "an adapter in another library's layout",
+    "export": "an adapter as a model that runs without adaptkit",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",

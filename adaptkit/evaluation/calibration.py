@@ -79,16 +79,23 @@ def calibrate(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibra
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """The temperature between 0.01 and 100 with the least mean cross-entropy."""
+    """The temperature between 0.01 and 100 with the least mean cross-entropy.
+
+    1 / (n + 2) of each label is shared out among all classes: where every held-out image is answered right, plain
+    cross-entropy would ask for a temperature of 0.
+
+    Source: J. Platt, "Probabilistic outputs for support vector machines" (1999), Sec. 2.2, for the share.
+    """
     from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
-    rows = np.arange(len(labels))
+    rows, share = np.arange(len(labels)), 1 / (len(labels) + 2)
+    target = (1 - share) * logits[rows, labels] + share * logits.mean(axis=1)
 
     def loss(log_temperature: float) -> float:
-        scaled = logits / math.exp(log_temperature)
-        peak = scaled.max(axis=1)
-        total = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
-        return float((total - scaled[rows, labels]).mean())
+        temperature = math.exp(log_temperature)
+        peak = logits.max(axis=1)
+        total = np.log(np.exp((logits - peak[:, None]) / temperature).sum(axis=1))
+        return float(((peak - target) / temperature + total).mean())
 
     bounds = tuple(math.log(end) for end in _TEMPERATURES)
     return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded").x))

@@ -1,1 +1,1 @@
-"""Adapted models in the layouts of other libraries."""
+"""Adapted models outside adaptkit: folded, as files that other programs run, and many over one backbone."""

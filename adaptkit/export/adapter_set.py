@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.tower import ImageTower
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnknownNameError
-from adaptkit.export.fold import fold
+from adaptkit.export.fold import proven_fold
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, read_adapter_config, saved_labels
-from adaptkit.methods.folding import image_encoder
 from adaptkit.methods.lora._towers import TowerMethod, inject, shared_copy
 
 Source = AdaptedModel | str | Path
@@ -68,7 +67,6 @@ class AdapterSet:
 
     def __init__(self, backbone: Backbone, adapters: Mapping[str, Source] | None = None) -> None:
         self.backbone = backbone
-        self._encoder = image_encoder(backbone)
         self._entries: dict[str, _Entry] = {}  # replaced as a whole, never changed: who reads it needs no lock
         self._change = RLock()
         self._lora = _LoraTower(backbone)
@@ -149,8 +147,8 @@ class AdapterSet:
             with torch.inference_mode(False), torch.no_grad():
                 head = method.cosine_head(method.folded_weights())
                 return _Entry(labels, head, lora=self._lora.add(method))
-        folded = fold(model)
-        return _Entry(labels, folded.head, None if folded.reads_features else folded.image)
+        parts = proven_fold(method)
+        return _Entry(labels, parts.head, parts.tower)
 
     def _forget(self, entry: _Entry | None) -> None:
         if entry is not None and entry.lora:
@@ -171,8 +169,10 @@ class AdapterSet:
 
         Raises:
             UnknownNameError: An adapter isn't there; nothing is computed then.
+            DataError: Pixels of another shape.
         """
         asked = None if names is None else _listed(names)
+        self._check(pixels)
         with self._reading(asked) as entries:
             chosen = {name: entries[name] for name in (entries if asked is None else asked)}
             features: Tensor | None = None
@@ -183,7 +183,7 @@ class AdapterSet:
                 elif entry.tower is not None:
                     answers[name] = entry.head(entry.tower(pixels))
                 else:
-                    features = self._encoder(pixels) if features is None else features
+                    features = self.backbone.encode_image(pixels) if features is None else features
                     answers[name] = entry.head(features)
         return answers
 
@@ -200,9 +200,10 @@ class AdapterSet:
 
         Raises:
             UnknownNameError: An adapter isn't there; nothing is computed then.
-            DataError: Images and names differ in number.
+            DataError: Pixels of another shape, or images and names that differ in number.
         """
         asked = _listed(names)
+        self._check(pixels)
         if len(asked) != len(pixels):
             raise DataError(f"There are {len(pixels)} images, but {len(asked)} adapters: name one for each image.")
         answers: list[Tensor] = [pixels] * len(asked)  # each is overwritten below
@@ -214,6 +215,14 @@ class AdapterSet:
                         answers[rows[place]] = row
         return answers
 
+    def _check(self, pixels: Tensor) -> None:
+        side = self.backbone.spec.preprocessing.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
+            raise DataError(
+                f"The pixels have shape {list(pixels.shape)} and type {pixels.dtype}; preprocessed ones of shape"
+                f" [batch, 3, {side}, {side}] are accepted (adaptkit.data.transforms.to_pixels makes them)."
+            )
+
     def _groups(
         self, pixels: Tensor, entries: Sequence[_Entry]
     ) -> Iterator[tuple[list[int], Tensor, list[tuple[_Entry, list[int]]]]]:
@@ -221,7 +230,7 @@ class AdapterSet:
         shared = [row for row, entry in enumerate(entries) if entry.tower is None and not entry.lora]
         lora = [row for row, entry in enumerate(entries) if entry.lora]
         if shared:
-            yield shared, self._encoder(pixels[shared]), _members(shared, entries)
+            yield shared, self.backbone.encode_image(pixels[shared]), _members(shared, entries)
         if lora:
             yield lora, self._lora(pixels[lora], [entries[row].lora for row in lora]), _members(lora, entries)
         own = [row for row, entry in enumerate(entries) if entry.tower is not None]

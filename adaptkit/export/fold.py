@@ -60,27 +60,38 @@ class Folded(nn.Module):
 
 
 def fold(model: AdaptedModel | Method) -> Folded:
-    """Reduce an adapter to what its current classes need; folding proves itself on two random inputs.
+    """Reduce an adapter to what its current classes need, as one module from pixels to logits.
 
     Raises:
-        UnsupportedError: The method can't be folded (the message says why), or what it folds to answers otherwise.
+        UnsupportedError: The method can't be folded (the message says why), what it folds to answers otherwise, or the
+            backbone has no image encoder of its own.
     """
     method = model.method if isinstance(model, AdaptedModel) else model
+    return Folded(proven_fold(method), image_encoder(method.backbone), method.class_names)
+
+
+def proven_fold(method: Method) -> Fold:
+    """What a method reduces to for its current classes; folding proves itself on two random inputs.
+
+    Raises:
+        UnsupportedError: It can't be folded, or what it folds to answers otherwise.
+    """
+    spec, device = method.backbone.spec, method.backbone.device
     with torch.inference_mode(False), torch.no_grad():
-        folded = Folded(method.fold(), image_encoder(method.backbone), method.class_names)
-        _prove(method, folded)
-    return folded
-
-
-def _prove(method: Method, folded: Folded) -> None:
-    side, dim = method.backbone.spec.preprocessing.image_size, method.backbone.spec.embed_dim
-    on_features = folded.reads_features and method.reads == "image_features"  # the encoder itself is the same
-    shape = (2, dim) if on_features else (2, 3, side, side)
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(method.backbone.device)
-    wanted = method(inputs) if on_features or method.reads == "images" else AdaptedModel(method)(inputs)
-    difference = float(((folded.head if on_features else folded)(inputs) - wanted).abs().max())
+        parts = method.fold()
+        on_features = parts.tower is None and method.reads == "image_features"
+        side = spec.preprocessing.image_size
+        shape = (2, spec.embed_dim) if on_features else (2, 3, side, side)
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        if on_features:
+            wanted, given = method(inputs), parts.head(inputs)
+        else:
+            wanted = AdaptedModel(method)(inputs)
+            given = parts.head((parts.tower or method.backbone.encode_image)(inputs))
+    difference = float((given - wanted).abs().max())
     if not difference <= _ALLOWED * max(1.0, float(wanted.abs().max())):
         raise UnsupportedError(
             f"{method.name} folds to something that answers otherwise (logits differ by {difference:.3g}), so it isn't"
             " used: keep the adapter folder, and report this."
         )
+    return parts

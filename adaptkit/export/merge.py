@@ -22,11 +22,11 @@ def check_mergeable(method: type[Method]) -> None:
     """
     if issubclass(method, TowerMethod):
         return
-    where = "beside the towers and leaves their weights as they are"
+    where = "learns beside the towers and leaves their weights as they are"
     if not issubclass(method, ClassWeightMethod):
-        where = "rules of its own, which no checkpoint of a CLIP holds"
+        where = "computes its logits by rules of its own, which no checkpoint of a CLIP holds"
     raise UnsupportedError(
-        f"{method.name} learns {where}, so there is nothing to merge into a checkpoint: write --format onnx or torch,"
+        f"{method.name} {where}, so there is nothing to merge into a checkpoint: write --format onnx or torch,"
         " or keep the adapter folder, which 'adaptkit predict' reads. Checkpoints are for clip-lora and peft."
     )
 

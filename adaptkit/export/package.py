@@ -93,7 +93,7 @@ def export_adapter(
     check_exportable(type(model.method), format, int8=int8)
     names = list(model.class_names) if labels is None else list(labels)
     with tempfile.TemporaryDirectory() as drawn:
-        probes = drawn_probes(Path(drawn)) if images is None else own_probes(Path(images), [str(one) for one in names])
+        probes = drawn_probes(Path(drawn)) if images is None else own_probes(Path(images), names, model.class_names)
         with new_folder(folder, overwrite=overwrite) as building:
             answers = _write(model, building, format, int8, progress)
             report = {
@@ -248,6 +248,7 @@ def _readme(model: AdaptedModel, format: Format, labels: Sequence[Any], report: 
         "## How near it is to the adapter",
         "",
         *_parity_lines(report),
+        *(["", f"`{formats.INT8_FILE}` is run in the same way."] if formats.INT8_FILE in report["models"] else []),
         "",
         f"All of it is in `{PARITY_FILE}`. `labels.json` has the classes in the order of the logits,"
         " `preprocessing.json` what is done to an image first.",

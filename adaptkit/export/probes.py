@@ -89,12 +89,12 @@ def _cmyk(image: Image.Image, path: Path) -> Path:
     return _saved(image.convert("CMYK"), path, ".jpg", quality=95)
 
 
-def own_probes(source: Path, names: Sequence[str]) -> Probes:
+def own_probes(source: Path, *names: Sequence[Any]) -> Probes:
     """The images below a folder; those in a folder called like a class are labelled by it.
 
     Args:
         source: A folder of images, or of class folders.
-        names: Labels or class names, in label order; a folder may be called by either, so both may be given in turn.
+        names: What folders of a class may be called, in label order: labels, class names.
 
     Raises:
         MissingPathError: No such folder.
@@ -107,6 +107,6 @@ def own_probes(source: Path, names: Sequence[str]) -> Probes:
         raise DataError(f"The folder {source} holds no images: give a folder with some.")
     for path in files:
         load_rgb(path)
-    place = {name: index for index, name in enumerate(names)}
+    place = {str(name): index for several in reversed(names) for index, name in enumerate(several)}  # the first wins
     labels = tuple(place.get(path.relative_to(source).parts[0], -1) for path in files)
     return Probes(tuple(files), f"the images in {source.name}", labels)

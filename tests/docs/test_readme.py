@@ -22,7 +22,11 @@ from tests.data.trees import grow
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
-    set(re.findall(r"`(adaptkit (?:describe|run|compare|predict|import|explain|list|data|doctor|sweep)[^`]*)`", README))
+    set(
+        re.findall(
+            r"`(adaptkit (?:describe|run|compare|predict|export|import|explain|list|data|doctor|sweep)[^`]*)`", README
+        )
+    )
 )
 
 
@@ -74,6 +78,7 @@ def test_command_lines(photos):
         "run": 0,
         "compare": 1,
         "predict": 2,
+        "export": 2,
         "import": 3,
         "explain": 4,
         "list": 5,

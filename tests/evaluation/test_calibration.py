@@ -35,6 +35,13 @@ def test_a_temperature_takes_a_factor_back(factor):
     assert fit_temperature(*draw(4000, 0, factor)) == pytest.approx(factor, rel=0.1)
 
 
+def test_right_answers_alone_make_nobody_certain():
+    """Plain cross-entropy would ask for a temperature of 0; the odds stay near those of n right answers out of n."""
+    logits = np.eye(4)[np.arange(40) % 4] * 10
+    found = calibrate(logits, np.arange(40) % 4)
+    assert 0.97 < found.probabilities(logits).max() < 0.99
+
+
 def test_probabilities_keep_their_order():
     logits, labels = draw(50, 1, 4.0)
     found = calibrate(logits, labels)

@@ -11,11 +11,12 @@ import torch
 import adaptkit
 from adaptkit.errors import AdapterError, ConfigError, DataError, UnknownNameError, UnsupportedError
 from adaptkit.export.adapter_set import AdapterSet
+from adaptkit.export.fold import fold
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel, save_adapter
 from adaptkit.methods.lora.clip_lora import ClipLora, ClipLoraConfig
 from adaptkit.methods.lora.peft import Peft, PeftConfig
-from tests.contract.test_methods import fitted
+from tests.contract.test_methods import fitted, suitable
 from tests.methods.test_clip_lora import shaken
 from tests.methods.tiny import NAMES, NOVEL, query, tiny_clip
 
@@ -132,6 +133,11 @@ def test_what_is_refused(backbone, adapters, models):
         adapters.labels("none")
     with pytest.raises(DataError, match="2 images, but 1 adapters"):
         adapters.route(pixels, ["vpt"])
+    for wrong in (pixels[0], pixels[:, :1], pixels[..., :8], (pixels * 50).to(torch.uint8)):
+        with pytest.raises(DataError, match=r"\[batch, 3, 16, 16\] are accepted"):
+            adapters.ask(wrong)
+    assert adapters.route(pixels[:0], []) == []
+    assert adapters.ask(pixels[:0], ["tip-adapter", "lora-a"])["lora-a"].shape == (0, len(NAMES))
     with pytest.raises(ConfigError, match="named in a list"):
         adapters.ask(pixels, "vpt")
     with pytest.raises(ConfigError, match="at least one letter"):
@@ -174,6 +180,17 @@ def test_changes_while_others_ask(backbone, models):
         done.set()
         assert all(one.result() >= 1 for one in running)
     assert list(adapters) == ["moving", "steady"]
+
+
+def test_features_of_a_language_model():
+    """Its hidden states serve methods on features, also in a set, though no image encoder of it stands alone."""
+    mllm = suitable("mllm-zero-shot")
+    model, pixels = AdaptedModel(fitted(mllm, "linear-probe")[0]), query(mllm, "images", 2)
+    adapters = AdapterSet(mllm, {"probe": model})
+    with torch.no_grad():
+        close(adapters.ask(pixels)["probe"].clone(), model(pixels))
+    with pytest.raises(UnsupportedError, match="no image encoder that stands alone"):
+        fold(model)
 
 
 def test_it_is_public():

@@ -75,6 +75,8 @@ def test_own_images(tmp_path):
         Image.new("RGB", (4, 4), "red").save(tmp_path / label / "1.png")
     probes = own_probes(tmp_path, ("beech", "oak"))
     assert probes.labels == (1, -1)
+    assert own_probes(tmp_path, (7, 8), ("other", "oak")).labels == (1, 0)
+    assert own_probes(tmp_path, ("oak", "x"), ("y", "oak")).labels == (0, -1)
     assert [path.parent.name for path in probes.files] == ["oak", "other"]
 
 
