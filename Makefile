@@ -34,8 +34,8 @@ run: $(READY)  ## a real few-shot experiment on real images, with the embedded b
 	@echo && echo "Predict an image with the best adapter just saved:"
 	@echo "  $(BIN)/adaptkit predict runs/first/best tests/images/three.png"
 
-test: $(READY)  ## the tests
-	@$(BIN)/python -m pytest
+test: $(READY)  ## the tests, on every core (at most four)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(READY)  ## the heavier checks
 	@$(BIN)/python -m pytest -m slow
