@@ -62,8 +62,10 @@ def prompt_methods() -> tuple[str, ...]:
 
 
 def other_methods() -> tuple[str, ...]:
-    """All methods but the prompt family."""
-    return tuple(name for name in methods if methods.entry(name).family != "prompts")
+    """Zero-shot and all methods but the prompt family, in the registry's order; those of language models need another
+    backbone."""
+    left_out = ("prompts", "mllm")
+    return ("zero-shot", *(n for n in methods if n != "zero-shot" and methods.entry(n).family not in left_out))
 
 
 DATASETS = ("digits", "shapes", "textures")

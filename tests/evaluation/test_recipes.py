@@ -19,7 +19,7 @@ from adaptkit.types import TrainingSettings
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 METHODS = tuple(methods)  # every registered method has recipes
-FILES = sorted(FOLDER.rglob("*.yaml"))
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "suites")
 COOP = methods.get("coop")
 
 # tip_adapter sheet, "Search grid": dataset, B, A, initial beta, initial alpha, epochs of F

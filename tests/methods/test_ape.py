@@ -301,7 +301,7 @@ def test_bad_input(kind):
     broken.values[0, 5, 2] = float("inf")
     with pytest.raises(DataError, match="Training image 5"):
         fit_method(kind(BACKBONE, NAMES), replace(task, train=broken))
-    with pytest.raises(DataError, match="Image 5"):
+    with pytest.raises(DataError, match="Validation image 5"):
         fit_method(kind(BACKBONE, NAMES), replace(task, val=broken))
     with pytest.raises(ConfigError, match="channels is 0, but must be at least 1"):
         kind.config_class(channels=0)
