@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from adaptkit.types import ProgressCallback
 ExecutorName = Literal["local", "ray", "joblib"]
 LOG_FILE = "workers.log"
 _POLL_SECONDS = 0.5
+_TICK_SECONDS = 0.2  # how soon an interrupt is noticed
 _KILLED = (
     "The process of this run was ended twice from outside, the second time with nothing beside it (is there too little"
     " memory?)."
@@ -165,6 +166,30 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM are noted, for the block to end at a good moment; a second one interrupts it at once.
+
+    One that falls into loky's own bookkeeping can leave its processes waiting for each other.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Sweep:
@@ -352,12 +377,16 @@ class _LocalPool(_Pool):
             initargs=(settings.out, os.getpid()),
             env=dict.fromkeys(names, str(settings.threads)),
         )
+        ended = ExitStack()
         try:
+            interrupted = ended.enter_context(_interrupts_noted())
             # no more at a time than there are workers: loky can't be ended cleanly while others wait in its queue
             waiting = {executor.submit(_work_once, settings) for _ in range(workers)}
             left = count - workers
             while waiting:
-                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                ready, waiting = wait(waiting, timeout=_TICK_SECONDS, return_when=FIRST_COMPLETED)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 for future in ready:
                     outcome = future.result()
                     if outcome is None:
@@ -367,10 +396,13 @@ class _LocalPool(_Pool):
                         waiting.add(executor.submit(_work_once, settings))
                         left -= 1
                     yield outcome
+            if interrupted.is_set():
+                raise KeyboardInterrupt
         except BrokenProcessPool as error:
             raise WorkerDiedError from error
         finally:
             executor.shutdown(wait=True, kill_workers=True)
+            ended.close()
 
 
 class _JoblibPool(_Pool):
