@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptkit.backbones.base import Backbone, BackboneSpec, Preprocessing, Tokens
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
-from adaptkit.methods.base import GradientMethod, Method
+from adaptkit.methods.base import GradientMethod, Method, MethodConfig
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
 from benchmarks.speed.measure import peak_above
@@ -102,7 +102,7 @@ def why_left_out(name: str) -> str:
 
 
 def measure_method(name: str, sizes: Sizes) -> dict[str, Any]:
-    """Fit with the method's own settings, one epoch where it trains by gradient, and predict.
+    """Fit with the method's own settings, at most one epoch and no search where it trains something, and predict.
 
     Returns:
         `kind` ("training-free", "trained", or "own solver"), `fit_seconds`, `predict_seconds`, `peak_bytes` (above the
@@ -113,7 +113,7 @@ def measure_method(name: str, sizes: Sizes) -> dict[str, Any]:
     if training is not None:
         training = replace(training, epochs=min(training.epochs, 1))
     try:
-        method = kind(RandomTexts(sizes.dim), [f"class {index}" for index in range(sizes.classes)])
+        method = _built(kind, sizes)
     except UnsupportedError as error:
         return {"left_out": str(error)}
     task = draw_task(sizes, training.views if training else 0)
@@ -140,9 +140,27 @@ def measure_method(name: str, sizes: Sizes) -> dict[str, Any]:
         "kind": "trained" if trained else free,
         **found,
         "peak_bytes": peak,
-        "epoch_seconds": report["seconds"] / report["epochs"] if trained and report.get("epochs") else None,
+        "epoch_seconds": _epoch_seconds(report, method.config, sizes, found["fit_seconds"]),
         "settings_tried": report.get("settings_tried"),
     }
+
+
+def _built(kind: type[Method], sizes: Sizes) -> Method:
+    """The method with its own settings; a search of one that trains would be many trainings of the same length."""
+    texts, names = RandomTexts(sizes.dim), [f"class {index}" for index in range(sizes.classes)]
+    method = kind(texts, names)
+    if method.num_trained() and hasattr(method.config, "search"):
+        return kind(texts, names, config=replace(method.config, search=False))
+    return method
+
+
+def _epoch_seconds(report: Mapping[str, Any], config: MethodConfig, sizes: Sizes, seconds: float) -> float | None:
+    """Seconds of one pass over the training images; None for methods that make none."""
+    if report.get("epochs") and "seconds" in report:
+        return report["seconds"] / report["epochs"]
+    if report.get("iterations") and hasattr(config, "batch_size"):  # cross-modal: half of a batch are images
+        return seconds * sizes.images / (report["iterations"] * (config.batch_size // 2))
+    return None
 
 
 @torch.no_grad()
