@@ -137,10 +137,12 @@ class Batcher:
         started = time.perf_counter()
         try:
             answers = self._answer(torch.stack([job.pixels for job in jobs]), [job.names for job in jobs])
+            if len(answers) != len(jobs):
+                raise ValueError(f"{len(jobs)} images got {len(answers)} answers")
+            self._watch(len(jobs), time.perf_counter() - started)
         except BaseException as error:  # whatever it is belongs to those who wait, and this thread goes on
             for job in jobs:
                 job.done.set_exception(error)
             return
-        self._watch(len(jobs), time.perf_counter() - started)
         for job, answer in zip(jobs, answers, strict=True):
             job.done.set_result(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from starlette.testclient import TestClient
@@ -131,7 +132,7 @@ def test_busy_and_slow(shelf, monkeypatch):
     with TestClient(create_app(shelf, Limits(seconds=0.2))) as client:
         service = client.app.state.service
         service.batcher.close()  # nobody answers any more
-        service.batcher = Batcher(lambda pixels, names: __import__("time").sleep(1), waiting=16)
+        service.batcher = Batcher(lambda pixels, names: time.sleep(0.6) or names, waiting=16)
         answer = client.post("/predict?adapter=probe", files=image)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert "no answer within 0.2 seconds" in answer.json()["error"]

@@ -25,6 +25,8 @@ class Model:
         self.started.set()
         assert self.go.wait(10)
         self.batches.append(len(pixels))
+        if (pixels < -1).any():
+            return []
         if (pixels < 0).any():
             raise RuntimeError("a bad batch")
         return [(float(one[0]), asked) for one, asked in zip(pixels, names, strict=True)]
@@ -122,6 +124,8 @@ def test_who_does_not_wait_costs_nothing(batcher, model):
 def test_a_failing_batch_fails_alone(batcher):
     with pytest.raises(RuntimeError, match="a bad batch"):
         ask(batcher, -1)
+    with pytest.raises(ValueError, match="1 images got 0 answers"):
+        ask(batcher, -2)
     assert ask(batcher, 3) == [(3.0, ("a3",))]
 
 
