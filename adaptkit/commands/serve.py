@@ -69,7 +69,8 @@ def command(
 ) -> None:
     """Answer images over HTTP with adapters of one backbone, until Ctrl-C or SIGTERM.
 
-    ADAPTER is an adapter folder, the folder of a run, or a folder that holds such; NAME=ADAPTER gives another name.
+    ADAPTER is an adapter folder, the folder of a run, a folder that holds such, or hf-hub:user/name@revision;
+    NAME=ADAPTER gives another name.
 
     \b
     POST /predict?adapter=NAME&top=5   image files (field "images"), or {"images": [base64, …]}
@@ -216,6 +217,10 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _own_name(folder: Path) -> str:
-    """The folder's own name; that of the run where it is called "adapter"."""
+    """The folder's own name; that of the run where it is called "adapter", and without the revision on the Hub."""
+    from adaptkit.export.hub import is_on_hub
+
+    if is_on_hub(folder):
+        return folder.name.partition("@")[0]
     whole = folder.resolve()
     return whole.parent.name if whole.name == "adapter" else whole.name
