@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -21,7 +23,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptKitError, ConfigError, DataError, UnknownNameError
+from adaptkit.errors import ConfigError, DataError, UnknownNameError
 from adaptkit.serving.batching import Batcher, BusyError
 from adaptkit.serving.limits import Limits
 from adaptkit.serving.metrics import Counting, Metrics
@@ -45,7 +47,6 @@ class Health(BaseModel):
 
     status: str
     adaptkit_version: str
-    backbone: str
     adapters: int
 
 
@@ -210,12 +211,7 @@ class _Service:
 
     async def health(self) -> Health:
         """Say that the server answers."""
-        return Health(
-            status="ok",
-            adaptkit_version=__version__,
-            backbone=self.shelf.backbone.spec.name,
-            adapters=len(self.shelf.listed),
-        )
+        return Health(status="ok", adaptkit_version=__version__, adapters=len(self.shelf.listed))
 
     async def show_metrics(self) -> Response:
         """Counters for Prometheus."""
@@ -256,7 +252,7 @@ class _Service:
         ] = None,
     ) -> Predictions:
         """Class names with probabilities for uploaded images."""
-        names = self.shelf.choose(adapter)
+        names, wish = self.shelf.choose(adapter), _Wish(top, abstain_below, coverage)
         if coverage is not None:
             self._check_calibrated(names)
         with self._admitted():
@@ -265,7 +261,7 @@ class _Service:
         self.metrics.answered(names, len(sent))
         return Predictions(
             predictions=[
-                _prediction(place, image, name, self.shelf[name], found[name], top, abstain_below, coverage)
+                _prediction(self.shelf[name], found[name], wish, image=place, file=image.file, adapter=name)
                 for place, (image, found) in enumerate(zip(sent, logits, strict=True))
                 for name in names
             ]
@@ -333,29 +329,28 @@ def _summary(name: str, listed: Listed) -> Summary:
     )
 
 
-def _prediction(
-    place: int,
-    image: Sent,
-    name: str,
-    listed: Listed,
-    logits: Any,
-    top: int,
-    abstain_below: float | None,
-    coverage: float | None,
-) -> Prediction:
+@dataclass(frozen=True)
+class _Wish:
+    """What a request wants to know: how many classes, when to abstain, and how sure a set of labels shall be."""
+
+    top: int
+    abstain_below: float | None
+    coverage: float | None
+
+
+def _prediction(listed: Listed, logits: NDArray[np.float64], wish: _Wish, **where: Any) -> Prediction:
+    """What an adapter says, of its logits [classes] for an image."""
     odds = listed.probabilities(logits[None])
     order = np.argsort(-odds[0], kind="stable")
     labels = None
-    if coverage is not None and listed.calibration is not None:
-        inside = listed.calibration.sets(odds, coverage)[0]
+    if wish.coverage is not None and listed.calibration is not None:
+        inside = listed.calibration.sets(odds, wish.coverage)[0]
         labels = [listed.labels[i] for i in order if inside[i]]
     return Prediction(
-        image=place,
-        file=image.file,
-        adapter=name,
-        classes=[Odds(label=listed.labels[i], probability=float(odds[0, i])) for i in order[:top]],
-        abstains=abstain_below is not None and bool(odds.max() < abstain_below),
+        classes=[Odds(label=listed.labels[i], probability=float(odds[0, i])) for i in order[: wish.top]],
+        abstains=wish.abstain_below is not None and bool(odds.max() < wish.abstain_below),
         labels=labels,
+        **where,
     )
 
 
@@ -364,7 +359,7 @@ def _prediction(
 
 def _add_handlers(app: FastAPI) -> None:
     """Every refusal is a status and a sentence."""
-    statuses = {UnknownNameError: 404, BusyError: 503, DataError: 422, ConfigError: 422, AdaptKitError: 500}
+    statuses = {UnknownNameError: 404, BusyError: 503, DataError: 422, ConfigError: 422}
     for kind, status in statuses.items():
         app.add_exception_handler(kind, _saying(status))
     app.add_exception_handler(StarletteHTTPException, _refuse)

@@ -8,6 +8,7 @@ lost, while the server's memory stays where it was.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -42,32 +43,40 @@ def save_adapters(backbone: Backbone, folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def bare(backbone: Backbone, batch: int, batches: int) -> float:
-    """Images per second of the encoder alone."""
+def bare(backbone: Backbone, batch: int, batches: int) -> tuple[float, float]:
+    """Images per second of the encoder alone, by the clock and by this process's own time."""
     side = backbone.spec.preprocessing.image_size
     pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     for _ in range(batches):
         backbone.encode_image(pixels)
-    return batch * batches / (time.perf_counter() - started)
+    images = batch * batches
+    return images / (time.perf_counter() - started), images / (time.process_time() - used)
 
 
 def throughput(name: str, batch: int, images: int, rounds: int) -> dict[str, Any]:
-    """Images per second through the server and through the encoder alone, in turns."""
+    """Images per second through the server and through the encoder alone, in turns.
+
+    By the clock, and by the processor time of the process that encodes: where neighbours share the processor, the clock
+    favours the server, which with its clients is two processes.
+    """
     backbone = load_backbone(name)
     photos = photographs(32, backbone.spec.preprocessing.image_size)
-    ours, plain, latencies, statuses = [], [], [], {}
+    ours, plain, cpu_ratios, latencies, statuses = [], [], [], [], {}
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(backbone, Path(folder))
         with served(folder, "--batch-size", batch, "--timeout", 120, OMP_NUM_THREADS=str(torch.get_num_threads())) as (
-            _,
+            process,
             facts,
         ):
             press(facts["url"], names, photos, 2 * batch, 2 * batch)
             bare(backbone, batch, 1)
             for _ in range(rounds):
-                plain.append(bare(backbone, batch, max(1, images // batch)))
+                by_clock, by_processor = bare(backbone, batch, max(1, images // batch))
+                used = cpu_seconds(process.pid)
                 outcome = press(facts["url"], names, photos, images, 2 * batch)
+                cpu_ratios.append(images / (cpu_seconds(process.pid) - used) / by_processor)
+                plain.append(by_clock)
                 ours.append(images / outcome.seconds)
                 latencies.append(outcome.percentile(0.5))
                 statuses = outcome.statuses
@@ -82,6 +91,8 @@ def throughput(name: str, batch: int, images: int, rounds: int) -> dict[str, Any
         "bare_images_per_second": statistics.median(plain),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "cpu_ratios": cpu_ratios,
         "median_latency": statistics.median(latencies),
         "statuses": statuses,
     }
@@ -120,6 +131,12 @@ def resident(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @click.command()
 @click.option("--backbone", default="ViT-B-16/random", show_default=True, help="Of the throughput.")
 @click.option("--batch", default=16, show_default=True)
@@ -136,11 +153,11 @@ def main(backbone: str, batch: int, images: int, rounds: int, requests: int, cli
     write_json(out, {"schema": 1, "machine": facts, "throughput": through, "endurance": lasting})
     click.echo(
         f"{through['images_per_second']:.2f} images/s served, {through['bare_images_per_second']:.2f} bare: ratio"
-        f" {through['ratio']:.3f} (at least {WANTED} wanted)\n"
+        f" {through['ratio']:.3f} by the clock, {through['cpu_ratio']:.3f} by processor time (at least {WANTED} wanted)\n"
         f"{lasting['requests']} requests: {lasting['statuses']}, memory grew by {100 * lasting['memory_growth']:.1f} %"
     )
     complete = lasting["statuses"] == {"200": lasting["requests"]} and through["statuses"] == {"200": images}
-    if through["ratio"] < WANTED or not complete or lasting["memory_growth"] > GROWTH:
+    if min(through["ratio"], through["cpu_ratio"]) < WANTED or not complete or lasting["memory_growth"] > GROWTH:
         raise SystemExit(1)
 
 
