@@ -152,8 +152,8 @@ def main(backbone: str, batch: int, images: int, rounds: int, requests: int, cli
     through = throughput(backbone, batch, images, rounds)
     write_json(out, {"schema": 1, "machine": facts, "throughput": through, "endurance": lasting})
     click.echo(
-        f"{through['images_per_second']:.2f} images/s served, {through['bare_images_per_second']:.2f} bare: ratio"
-        f" {through['ratio']:.3f} by the clock, {through['cpu_ratio']:.3f} by processor time (at least {WANTED} wanted)\n"
+        f"{through['images_per_second']:.2f} images/s served, {through['bare_images_per_second']:.2f} bare:"
+        f" {through['ratio']:.3f} of it, {through['cpu_ratio']:.3f} by processor time (at least {WANTED} wanted)\n"
         f"{lasting['requests']} requests: {lasting['statuses']}, memory grew by {100 * lasting['memory_growth']:.1f} %"
     )
     complete = lasting["statuses"] == {"200": lasting["requests"]} and through["statuses"] == {"200": images}
