@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    made = Batcher(model, batch=4, wait=0.2, waiting=20)
+    made = Batcher(model, batch=4, wait=5, waiting=20)
     yield made
     model.go.set()
     made.close()
@@ -62,7 +62,7 @@ def held(batcher, model, pool):
 def test_a_lone_image_is_answered_at_once(batcher, model):
     started = time.monotonic()
     assert ask(batcher, 7) == [(7.0, ("a7",))]
-    assert time.monotonic() - started < 0.15  # it doesn't wait for others, of which none are coming
+    assert time.monotonic() - started < 2.5  # it doesn't wait for others, of which none are coming
     assert batcher.inside == 0
 
 
@@ -109,13 +109,14 @@ def test_room_is_given_back_after_an_error(batcher):
 
 
 def test_who_does_not_wait_costs_nothing(batcher, model):
-    with ThreadPoolExecutor(1) as pool, batcher.room(2) as submit:
+    with ThreadPoolExecutor(1) as pool:
         first = held(batcher, model, pool)
-        gone, stays = (submit(torch.tensor([float(value)]), ("a",)) for value in (1, 2))
-        assert gone.cancel()
-        model.go.set()
-        first.result(10)
-        assert stays.result(10)[0] == 2.0
+        with batcher.room(2) as submit:
+            gone, stays = (submit(torch.tensor([float(value)]), ("a",)) for value in (1, 2))
+            assert gone.cancel()
+            model.go.set()
+            first.result(10)
+            assert stays.result(10)[0] == 2.0
     with pytest.raises(CancelledError):
         gone.result()
     assert model.batches == [1, 1]

@@ -17,39 +17,35 @@ from benchmarks.serving.processes import served
 from tests.serving.made import encoded, files, picture
 
 TOKEN = "a-token-of-some-length"
-CLIENTS = 12
+CLIENTS = 8
+IMAGES = 48
 
 
-def ask(client: httpx.Client, address: str, images: int = 4) -> int:
-    picked = files(*[encoded(picture("oak", seed, side=300)) for seed in range(images)])
-    return client.post(f"{address}/predict?adapter=probe", files=picked, timeout=60).status_code
+def ask(client: httpx.Client, address: str) -> int:
+    picked = files(*[encoded(picture("oak", seed, side=64)) for seed in range(IMAGES)])
+    return client.post(f"{address}/predict?adapter=probe", files=picked, timeout=120).status_code
 
 
 def test_a_graceful_stop_answers_what_has_begun(folders):
     """Requests are in flight on many connections when the signal comes; all are answered, then the server ends."""
-    with served(folders["probe"], "--batch-size", "2") as (process, facts), httpx.Client() as client:
+    slow = ("--batch-size", 1, "--max-images", IMAGES, "--max-waiting", CLIENTS * IMAGES, "--timeout", 120)
+    with served(folders["probe"], *slow) as (process, facts), httpx.Client() as client:
         address = facts["url"]
-        assert ask(client, address) == 200
         with ThreadPoolExecutor(CLIENTS) as pool:
-            waiting = [pool.submit(ask, client, address, 16) for _ in range(CLIENTS)]
-            inside, until = 0.0, time.monotonic() + 20
-            while inside < 30 and time.monotonic() < until:
-                lines = client.get(f"{address}/metrics").text.splitlines()
-                inside = next(float(line.split()[1]) for line in lines if line.startswith("adaptkit_images_inside "))
-                if sum(future.done() for future in waiting) > 4:
-                    break
-            began = sum(not future.done() for future in waiting)
+            waiting = [pool.submit(ask, client, address) for _ in range(CLIENTS)]
+            begun, until = 0.0, time.monotonic() + 60
+            while begun < CLIENTS * IMAGES and time.monotonic() < until:
+                lines = client.get(f"{address}/metrics", timeout=60).text.splitlines()
+                numbers = dict(line.rsplit(" ", 1) for line in lines)
+                done = numbers.get('adaptkit_images_total{adapter="probe"}', 0)
+                begun = float(numbers["adaptkit_images_inside"]) + float(done)
+            in_flight = sum(not future.done() for future in waiting)
             process.send_signal(signal.SIGTERM)
-            outcomes = []
-            for future in waiting:
-                try:
-                    outcomes.append(future.result(60))
-                except httpx.ConnectError:  # it came when the door was closed already
-                    outcomes.append(0)
-        assert began >= 3
-        assert set(outcomes) <= {200, 0}
-        assert outcomes.count(200) >= CLIENTS - 2
-        _, errors = process.communicate(timeout=30)
+            outcomes = [future.result(120) for future in waiting]
+        assert begun >= CLIENTS * IMAGES
+        assert in_flight >= 1
+        assert outcomes == [200] * CLIENTS
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
         with pytest.raises(httpx.ConnectError):
@@ -59,7 +55,7 @@ def test_a_graceful_stop_answers_what_has_begun(folders):
 def test_on_the_wire(folders, tmp_path):
     """The token from a file, bodies that are too large or never come, and connections that break off."""
     (tmp_path / "token").write_text(TOKEN + "\n")
-    with served(folders["probe"], "--token-file", tmp_path / "token", "--timeout", "0.5", "--max-body", "1") as (
+    with served(folders["probe"], "--token-file", tmp_path / "token", "--timeout", "2", "--max-body", "1") as (
         process,
         facts,
     ):
@@ -77,12 +73,12 @@ def test_on_the_wire(folders, tmp_path):
 
         def slowly():
             yield b"{"
-            time.sleep(1.0)
+            time.sleep(3)
             yield b"}"
 
         late = httpx.post(post, content=slowly(), headers=good | {"content-type": "application/json"})
         assert late.status_code == 408
-        assert "within 0.5 seconds" in late.json()["error"]
+        assert "within 2 seconds" in late.json()["error"]
         head = (
             f"POST /predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
         )
