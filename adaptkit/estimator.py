@@ -50,6 +50,7 @@ from adaptkit.evaluation.calibration import (
     warning_about,
 )
 from adaptkit.evaluation.recipes import Resolved, load_recipe, resolve
+from adaptkit.export.hub import fetch, is_on_hub
 from adaptkit.methods import methods
 from adaptkit.methods.adapter import (
     LABEL_FACTS,
@@ -398,7 +399,8 @@ def load(
     """Read an adapter folder back as a fitted classifier.
 
     Args:
-        folder: Written by `FewShotClassifier.save`, `adaptkit run` or `save_adapter`.
+        folder: Written by `FewShotClassifier.save`, `adaptkit run` or `save_adapter`; or "hf-hub:user/name@revision"
+            (see `adaptkit.export.hub`).
         backbone: The backbone, where it is loaded already; None loads the one that the adapter names.
         device: Where to put a backbone loaded here.
         batch_size: Images encoded at once.
@@ -406,6 +408,7 @@ def load(
     Raises:
         AdapterError: The folder is damaged, or the backbone isn't the one it was trained on.
     """
+    folder = fetch(folder) if is_on_hub(folder) else folder
     config = read_adapter_config(folder)
     labels = saved_labels(config, folder)
     model = load_adapter(folder, _loaded(config.backbone["name"], device) if backbone is None else backbone)

@@ -27,10 +27,33 @@ MAY_IMPORT = {
     "sweeps": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "export": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "estimator": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export"},
-    "commands": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator"},
+    "serving": {*CORE, "backbones", "data", "methods", "training", "evaluation", "export", "estimator"},
+    "commands": {
+        *CORE,
+        "backbones",
+        "data",
+        "methods",
+        "training",
+        "evaluation",
+        "sweeps",
+        "export",
+        "estimator",
+        "serving",
+    },
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)
-HEAVY = ("torch", "torchvision", "open_clip", "transformers", "timm", "sklearn", "scipy", "pandas", "matplotlib")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "open_clip",
+    "transformers",
+    "timm",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "fastapi",
+)
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
 

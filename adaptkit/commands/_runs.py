@@ -83,7 +83,11 @@ def tracking(names: Sequence[str], folder: Path) -> Iterator[Trackers]:
 
 
 def adapter_folder(path: Path) -> Path:
-    """The adapter folder that a path means: itself, or the one in the folder of a run."""
+    """The adapter folder that a path means: itself, the one in the folder of a run, or one fetched from the Hub."""
+    from adaptkit.export.hub import fetch, is_on_hub
+
+    if is_on_hub(path):
+        return fetch(path)
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
 
 

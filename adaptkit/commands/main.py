@@ -18,6 +18,8 @@ _VERBS = {
     "report": "tables, plots and one HTML page from results",
     "predict": "class names and probabilities for images",
     "export": "an adapter as a model that runs without adaptkit",
+    "serve": "adapters behind HTTP",
+    "push": "an adapter to the Hugging Face Hub",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",

@@ -188,27 +188,31 @@ class AdapterSet:
         return answers
 
     @torch.inference_mode()
-    def route(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """Each image to an adapter of its own.
+    def route(self, pixels: Tensor, names: Sequence[str], images: Sequence[int] | None = None) -> list[Tensor]:
+        """Each image to an adapter of its own, or to several.
 
         Args:
             pixels: Preprocessed, [batch, 3, size, size].
             names: An adapter for each image.
+            images: For each name the place of the image it is for; None for one name per image, in their order.
 
         Returns:
-            For each image its adapter's logits [classes].
+            For each name its logits [classes].
 
         Raises:
             UnknownNameError: An adapter isn't there; nothing is computed then.
-            DataError: Pixels of another shape, or images and names that differ in number.
+            DataError: Pixels of another shape, images and names that differ in number, or a place without an image.
         """
         asked = _listed(names)
         self._check(pixels)
-        if len(asked) != len(pixels):
-            raise DataError(f"There are {len(pixels)} images, but {len(asked)} adapters: name one for each image.")
+        places = list(range(len(pixels)) if images is None else images)
+        if len(asked) != len(places):
+            raise DataError(f"There are {len(places)} images, but {len(asked)} adapters: name one for each image.")
+        if not all(0 <= place < len(pixels) for place in places):
+            raise DataError(f"A place isn't among the {len(pixels)} images: they are counted from 0.")
         answers: list[Tensor] = [pixels] * len(asked)  # each is overwritten below
         with self._reading(asked) as entries:
-            for rows, features, members in self._groups(pixels, [entries[name] for name in asked]):
+            for rows, features, members in self._groups(pixels, [entries[name] for name in asked], places):
                 for entry, places in members:
                     logits = entry.head(features[places])
                     for place, row in zip(places, logits, strict=True):
@@ -224,19 +228,29 @@ class AdapterSet:
             )
 
     def _groups(
-        self, pixels: Tensor, entries: Sequence[_Entry]
+        self, pixels: Tensor, entries: Sequence[_Entry], images: Sequence[int]
     ) -> Iterator[tuple[list[int], Tensor, list[tuple[_Entry, list[int]]]]]:
-        """Rows that go through one tower together, their features, and which of them belong to which adapter."""
+        """Rows that go through one tower together, their features, and which of them belong to which adapter.
+
+        Args:
+            pixels: [batch, 3, size, size].
+            entries: The adapter of each row.
+            images: The place of each row's image in the batch.
+        """
         shared = [row for row, entry in enumerate(entries) if entry.tower is None and not entry.lora]
         lora = [row for row, entry in enumerate(entries) if entry.lora]
         if shared:
-            yield shared, self.backbone.encode_image(pixels[shared]), _members(shared, entries)
+            seen = sorted({images[row] for row in shared})  # an image is encoded once for all of its adapters
+            features = self.backbone.encode_image(pixels[seen])
+            yield shared, features[[seen.index(images[row]) for row in shared]], _members(shared, entries)
         if lora:
-            yield lora, self._lora(pixels[lora], [entries[row].lora for row in lora]), _members(lora, entries)
+            through = [images[row] for row in lora]
+            yield lora, self._lora(pixels[through], [entries[row].lora for row in lora]), _members(lora, entries)
         own = [row for row, entry in enumerate(entries) if entry.tower is not None]
         for entry, places in _members(own, entries):
             rows = [own[place] for place in places]
-            yield rows, cast(nn.Module, entry.tower)(pixels[rows]), [(entry, list(range(len(rows))))]
+            features = cast(nn.Module, entry.tower)(pixels[[images[row] for row in rows]])
+            yield rows, features, [(entry, list(range(len(rows))))]
 
     @contextmanager
     def _reading(self, asked: Sequence[str] | None) -> Iterator[dict[str, _Entry]]:

@@ -24,7 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
     set(
         re.findall(
-            r"`(adaptkit (?:describe|run|compare|predict|export|import|explain|list|data|doctor|sweep)[^`]*)`", README
+            r"`(adaptkit (?:describe|run|compare|predict|export|push|import|explain|list|data|doctor|sweep)[^`]*)`",
+            README,
         )
     )
 )
@@ -79,6 +80,7 @@ def test_command_lines(photos):
         "compare": 1,
         "predict": 2,
         "export": 2,
+        "push": 2,
         "import": 3,
         "explain": 4,
         "list": 5,

@@ -1,0 +1,1 @@
+"""A server under load against the bare batched encoder: `python -m benchmarks.serving`."""
