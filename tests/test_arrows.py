@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "sweeps": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "export": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "estimator": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export"},
-    "commands": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator"},
+    "studio": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator"},
+    "commands": {
+        *(*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator", "studio")
+    },
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)
 HEAVY = ("torch", "torchvision", "open_clip", "transformers", "timm", "sklearn", "scipy", "pandas", "matplotlib")

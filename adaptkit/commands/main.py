@@ -18,6 +18,7 @@ _VERBS = {
     "report": "tables, plots and one HTML page from results",
     "predict": "class names and probabilities for images",
     "export": "an adapter as a model that runs without adaptkit",
+    "studio": "a page in which a classifier is made without code",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",

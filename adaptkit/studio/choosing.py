@@ -50,8 +50,8 @@ def uncertainty(odds: Floats) -> Floats:
 def label_next(odds: Floats | None, features: Floats, known: Floats, count: int) -> list[int]:
     """Positions of the images that are most worth a label, the best first: uncertainty × diversity.
 
-    One after the other, the image with the largest product of the classifier's uncertainty and its distance (1 - cosine)
-    to the nearest image that has a label or was chosen before.
+    One after the other, the image with the largest product of the classifier's uncertainty and its distance
+    (1 - cosine) to the nearest image that has a label or was chosen before.
 
     Args:
         odds: Probabilities [n, classes]; None where nothing answers yet, and diversity alone decides.

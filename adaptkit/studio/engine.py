@@ -59,7 +59,7 @@ _BATCH = 32  # images encoded between two looks at what is new
 _REMEMBERED = 24
 
 
-class Overtaken(AdaptKitError):
+class OvertakenError(AdaptKitError):
     """The project changed while something was computed that belongs to how it was."""
 
 
@@ -86,8 +86,8 @@ class Answers:
 class Estimate:
     """How often a method is right on images it wasn't fitted on, by cross-validation on the labelled ones.
 
-    The interval is Wilson's for images drawn at random. Images that were labelled because they were hard make the figure
-    too low; nearly equal images (bursts of one scene) make it too high.
+    The interval is Wilson's for images drawn at random. Images that were labelled because they were hard make the
+    figure too low; nearly equal images (bursts of one scene) make it too high.
 
     Args:
         method: Its name.
@@ -197,11 +197,13 @@ class Engine:
     def encode(self) -> None:
         """Make the missing features, those of images that come in meanwhile too."""
         done = 0
-        while missing := self.missing():
-            self.progress = ("looking at images", done, done + len(missing))
-            self._encode_batch(missing[:_BATCH] if done or len(missing) <= 2000 else missing)
-            done += min(_BATCH, len(missing))
-        self.progress = None
+        try:
+            while missing := self.missing():
+                self.progress = ("looking at images", done, done + len(missing))
+                self._encode_batch(missing[:_BATCH])
+                done += len(missing[:_BATCH])
+        finally:
+            self.progress = None
 
     def missing(self) -> list[str]:
         """Images without features, failed ones left out."""
@@ -217,18 +219,18 @@ class Engine:
             else:
                 there.append(key)
         try:
-            self._put(there)
+            self._put(state, there)
         except DataError:
             for key in there:
                 try:
-                    self._put([key])
+                    self._put(state, [key])
                 except DataError as error:
                     self.failed[key] = str(error)
         except AdaptKitError as error:
             self.failed.update(dict.fromkeys(there, str(error)))
 
-    def _put(self, keys: Sequence[str]) -> None:
-        names = [self.project.state.images[key].file for key in keys]
+    def _put(self, state: State, keys: Sequence[str]) -> None:
+        names = [state.images[key].file for key in keys]
         source = FileSource(self.project.folder / "images", names)
         count = len(names)
         split = TestSplit(tuple(names), np.zeros(count, dtype=np.int64), ("",), source, np.arange(count))
@@ -348,7 +350,7 @@ class Engine:
 
         Raises:
             DataError: Too few labels; the message says what is missing.
-            Overtaken: The labels changed meanwhile.
+            OvertakenError: The labels changed meanwhile.
         """
         state = self.project.state
         self._check_estimable(state, method)
@@ -364,7 +366,7 @@ class Engine:
         names, features = [state.classes[key] for key in classes], self._rows(keys)
         for fold in range(FOLDS) if method != "zero-shot" else (-2,):
             if self.project.state is not state:
-                raise Overtaken("The labels have changed meanwhile.")
+                raise OvertakenError("The labels have changed meanwhile.")
             train, test = places != fold, places == fold if fold >= 0 else places >= 0
             if test.any():
                 with self._computing:
