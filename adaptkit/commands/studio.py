@@ -86,7 +86,8 @@ def command(
         config = uvicorn.Config(
             make_app(workshop, token, port), log_level="warning", access_log=False, timeout_graceful_shutdown=5
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and passes Ctrl-C on
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(port: int) -> socket.socket:
@@ -99,6 +100,7 @@ def listen(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", port))
+        listening.listen(128)  # from now on, so that a browser that is quicker than the server waits for it
     except OSError as error:
         listening.close()
         raise ConfigError(f"Port {port} can't be used ({error.strerror}): give another, or --port 0.") from error

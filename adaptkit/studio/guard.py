@@ -90,8 +90,8 @@ class Guard:
 def _body_refusal(method: str, headers: dict[str, str]) -> tuple[int, str] | None:
     if method in ("GET", "HEAD"):
         return None
-    length = headers.get("content-length", "")
-    if not length.isdecimal():
+    length = headers.get("content-length", "0")  # without either header there is no body
+    if "transfer-encoding" in headers or not length.isdecimal():
         return 411, "The request must say how long it is."
     if int(length[:19]) > MAX_BODY:
         return 413, f"A request has at most {MAX_BODY // 2**20} MB: send the images in smaller parts."
