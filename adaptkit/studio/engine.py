@@ -55,7 +55,8 @@ NEXT = 12
 """How many images are proposed for labelling."""
 
 SEED = 0
-_BATCH = 32  # images encoded between two looks at what is new
+_BATCH = 32  # images encoded at once
+_PART = 512  # most images asked of the store at once: each time, it looks through its files
 _REMEMBERED = 24
 
 
@@ -200,8 +201,9 @@ class Engine:
         try:
             while missing := self.missing():
                 self.progress = ("looking at images", done, done + len(missing))
-                self._encode_batch(missing[:_BATCH])
-                done += len(missing[:_BATCH])
+                part = missing[: min(_PART, max(_BATCH, done))]  # the first ones soon
+                self._encode_part(part)
+                done += len(part)
         finally:
             self.progress = None
 
@@ -209,7 +211,7 @@ class Engine:
         """Images without features, failed ones left out."""
         return [key for key in self.project.state.images if key not in self._features and key not in self.failed]
 
-    def _encode_batch(self, keys: Sequence[str]) -> None:
+    def _encode_part(self, keys: Sequence[str]) -> None:
         state = self.project.state
         there = []
         for key in keys:
@@ -226,7 +228,7 @@ class Engine:
                     self._put(state, [key])
                 except DataError as error:
                     self.failed[key] = str(error)
-        except AdaptKitError as error:
+        except Exception as error:  # whatever a model raises: the page must say it, and not wait for ever
             self.failed.update(dict.fromkeys(there, str(error)))
 
     def _put(self, state: State, keys: Sequence[str]) -> None:

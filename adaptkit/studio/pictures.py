@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +24,13 @@ MOST_FOUND = 20_000
 
 THUMBNAIL = 256
 """Longer side of a small picture, in pixels."""
+
+
+# by what a file is, not by what it was called: browsers go by the name
+_SUFFIXES = {
+    "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "DIB": ".bmp", "GIF": ".gif",
+    "TIFF": ".tif", "PPM": ".ppm", "ICO": ".ico", "JPEG2000": ".jp2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,9 @@ def take_in(project: Path, content: bytes, name: str, label: str | None = None) 
     name = Path(name.replace("\\", "/")).name[:200] or "image"
     if len(content) > MAX_BYTES:
         raise DataError(f"{name} has {len(content) / 2**20:.0f} MB; at most {MAX_BYTES / 2**20:.0f} MB are accepted.")
-    key, suffix = image_id(content), Path(name).suffix.lower()
-    picture = load_rgb(content, name=name)
-    file = f"{key}{suffix if suffix in IMAGE_SUFFIXES else '.img'}"
-    for path in (project / "images").glob(f"{key}.*"):  # the same content under another suffix
-        file = path.name
+    key, picture = image_id(content), load_rgb(content, name=name)
+    with Image.open(BytesIO(content)) as opened:  # only its head is read
+        file = f"{key}{_SUFFIXES.get(opened.format or '', '.img')}"
     write_thumbnail(picture, thumbnail_path(project, key))
     target = project / "images" / file
     if not target.exists():

@@ -150,8 +150,7 @@ class Workshop:
         Raises:
             UnknownNameError: No such class.
         """
-        with self.project.lock:
-            self.project.label([], label)  # refuses a class that isn't there before anything is copied
+        self.project.label([], label)  # refuses a class that isn't there before anything is copied
         taken: dict[str, Picture] = {}
         refused = []
         for name, read in files:

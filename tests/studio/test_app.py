@@ -309,7 +309,7 @@ def test_file_names_from_outside_name_nothing_on_disk(page, project, name):
     (key,) = send(page, (name, png("red", 1))).json()["added"]
     file = project.image_path(key)
     assert file.parent == project.folder / "images"
-    assert file.suffix in (".png", ".img")
+    assert file.suffix == ".png"
     assert [path.name for path in (project.folder / "images").iterdir()] == [file.name]
 
 

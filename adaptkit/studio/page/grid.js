@@ -169,11 +169,19 @@ function drawPreview() {
   if (!image) return;
   if (box.dataset.id !== focused) {
     box.dataset.id = focused;
-    box.replaceChildren(h("img", { src: picture(focused), alt: image.name }), h("p", { class: "name" }, image.name), h("ul"));
+    box.replaceChildren(largePicture(focused, image.name), h("p", { class: "name" }, image.name), h("ul"));
   }
   const rows = (store.answers.images[focused] ?? []).map(([id, share]) => bar(className(id), share));
   const label = image.label ? [h("li", { class: "is" }, `labelled ${className(image.label)}`)] : [];
   box.querySelector("ul").replaceChildren(...label, ...rows);
+}
+
+/** The image itself, or its small picture where the browser can't show the file (TIFF). */
+function largePicture(id, name) {
+  const small = () => (large.src = thumbnail(id));
+  const large = h("img", { src: picture(id), alt: name });
+  large.addEventListener("error", small, { once: true });
+  return large;
 }
 
 /** A class with its probability as a bar. */
