@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.errors import DataError
-from adaptkit.evaluation.statistics import wilson_interval
 from adaptkit.studio.choosing import FOLDS, confusions, folds, label_next, uncertainty
 
 
@@ -69,19 +67,3 @@ def test_confused_pairs_are_ranked():
     found = confusions([0, 0, 1, 1, 2], [1, 1, 0, 1, 2])
     assert [(pair.true, pair.taken_for, pair.images) for pair in found] == [(0, 1, (0, 1)), (1, 0, (2,))]
     assert confusions([1], [1]) == []
-
-
-def test_wilson_against_its_definition():
-    """The interval holds the shares p for which the observed share lies within z standard errors of p."""
-    looked = 0
-    for correct, total in ((0, 3), (1, 4), (9, 10), (50, 50), (160, 320)):
-        for end in wilson_interval(correct, total):
-            if 0 < end < 1:
-                z = abs(correct / total - end) / np.sqrt(end * (1 - end) / total)
-                assert z == pytest.approx(1.959964, abs=1e-5)
-                looked += 1
-    assert looked == 8
-    with pytest.raises(DataError, match="at least one image"):
-        wilson_interval(0, 0)
-    with pytest.raises(DataError, match="level"):
-        wilson_interval(1, 2, 1.0)
