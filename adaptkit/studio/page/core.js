@@ -58,7 +58,7 @@ export async function ask(path, { method = "GET", body, form } = {}) {
 
 export const thumbnail = (id) => `/thumbnail/${id}?token=${encodeURIComponent(token)}`;
 export const picture = (id) => `/image/${id}?token=${encodeURIComponent(token)}`;
-export const percent = (share) => `${Math.round(100 * share)} %`;
+export const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 export const className = (id) => store.state?.classes.find((one) => one.id === id)?.name ?? "?";
 export const imageOf = (id) => store.state?.images.find((one) => one.id === id);
 
@@ -90,31 +90,28 @@ export async function attempt(action) {
 }
 
 let queue = Promise.resolve();
+let open = 0; // changes that weren't answered yet
 
 /** Changes one after the other, in the order in which they were asked for; then everything that follows from them. */
 export function change(path, request, spoken = "") {
-  const done = queue.then(() =>
-    attempt(async () => {
-      const state = await ask(path, { method: "POST", ...request });
-      take(state);
-      if (spoken || state.done) say(spoken || state.done);
-      return state;
-    }).then((state) => state ?? reload()),
-  );
+  open += 1;
+  const done = queue.then(async () => {
+    const state = await attempt(() => ask(path, { method: "POST", ...request }));
+    open -= 1;
+    // what was refused was shown already: back to what the disk has
+    const whole = state ?? (await ask("/api/state").catch(() => null));
+    if (whole) take(whole);
+    if (state && (spoken || state.done)) say(spoken || state.done);
+    return state;
+  });
   queue = done.catch(() => {});
   return done;
 }
 
-/** The project as the disk has it, after something was refused. */
-async function reload() {
-  const state = await ask("/api/state").catch(() => null);
-  if (state) take(state);
-  return undefined;
-}
-
-/** Believe a state, unless a newer one is here already, and refresh what depends on it. */
+/** Believe a state, unless a newer one is here or on its way, and refresh what depends on it. */
 export function take(state) {
-  if (store.state && state.version < store.state.version) return;
+  // with a change on its way, this would take back what is shown of it for a moment; its answer brings everything
+  if (open || (store.state && state.version < store.state.version)) return;
   store.state = state;
   changed();
   refresh();
@@ -156,8 +153,7 @@ async function watch() {
       store.state.failed = now.failed;
       if (now.problems.length) trouble(now.problems.slice(0, 3).join(" "));
       if (now.images_in !== store.state.images.length || !now.progress) {
-        store.state = await ask("/api/state");
-        await refresh();
+        take(await ask("/api/state"));
       }
       changed();
       if (!now.progress && !store.answers.waiting) break;

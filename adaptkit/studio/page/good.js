@@ -54,7 +54,7 @@ function range(low, high, middle) {
 
 function drawConfused() {
   const pairs = store.estimate?.confusions ?? [];
-  const text = JSON.stringify([pairs.slice(0, PAIRS), store.state.classes]);
+  const text = JSON.stringify([Boolean(store.estimate), pairs.slice(0, PAIRS), store.state.classes]);
   const box = $("#confused");
   if (box.dataset.drawn === text) return;
   box.dataset.drawn = text;

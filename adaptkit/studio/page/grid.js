@@ -76,7 +76,7 @@ export function drawGrid() {
   const all = idsOf(tab);
   const ids = all.slice(0, shown);
   const keep = new Set(ids);
-  const had = document.activeElement?.closest?.(".card") != null;
+  const had = holding && (document.activeElement === document.body || document.activeElement?.closest(".card") != null);
   if (focused && !keep.has(focused)) focused = null;
   for (const id of [...chosen]) if (!keep.has(id)) chosen.delete(id);
   const grid = $("#grid");
@@ -101,6 +101,8 @@ export function drawGrid() {
 }
 
 let lastPlace = 0; // where the focus was, so that it stays there when the image goes
+let holding = false; // whether the focus was on an image last; it comes back when an empty list fills again
+document.addEventListener("focusin", (event) => (holding = event.target.closest(".card") != null));
 
 function drawTabs() {
   const tabs = $("#tabs");
