@@ -26,7 +26,7 @@ setup: $(READY)  ## make the virtual environment
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing adaptkit and its dependencies into $(VENV) (about two minutes the first time) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lora,quantised,onnx,ray,serve,tensorboard]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lora,quantised,onnx,ray,serve,studio,tensorboard]'
 	@touch $(READY)
 
 run: $(READY)  ## a real few-shot experiment on real images, with the embedded backbone

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "export": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "estimator": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export"},
     "serving": {*CORE, "backbones", "data", "methods", "training", "evaluation", "export", "estimator"},
+    "studio": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator"},
     "commands": {
         *CORE,
         "backbones",
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "export",
         "estimator",
         "serving",
+        "studio",
     },
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)

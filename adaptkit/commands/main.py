@@ -20,6 +20,7 @@ _VERBS = {
     "export": "an adapter as a model that runs without adaptkit",
     "serve": "adapters behind HTTP",
     "push": "an adapter to the Hugging Face Hub",
+    "studio": "a page in which a classifier is made without code",
     "import": "a reference checkpoint as an adapter",
     "explain": "the words nearest to learned prompts",
     "list": "methods, datasets, backbones or recipes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -89,3 +90,32 @@ def t_quantile(probability: float, degrees: int) -> float:
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # scikit-learn brings scipy along
 
     return float(stdtrit(degrees, probability))
+
+
+def wilson_interval(correct: int, total: int, level: float = DEFAULT_LEVEL) -> tuple[float, float]:
+    """Wilson's interval of an accuracy measured on independent images, as fractions; it never leaves [0, 1].
+
+    Args:
+        correct: Images answered rightly.
+        total: Images asked about, at least one.
+        level: Confidence level, above 0 and below 1.
+
+    Raises:
+        DataError: No images, more right answers than images, or a level outside (0, 1).
+
+    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
+
+    Example:
+        >>> low, high = wilson_interval(9, 10)
+        >>> round(low, 4), round(high, 4)
+        (0.5958, 0.9821)
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise DataError(f"{correct} right answers of {total} give no accuracy: at least one image is needed.")
+    if not 0 < level < 1:
+        raise DataError(f"The confidence level is {level}, but must lie between 0 and 1, such as 0.95.")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
 
 from adaptkit.errors import DataError
-from adaptkit.evaluation.statistics import summarise, t_quantile
+from adaptkit.evaluation.statistics import summarise, t_quantile, wilson_interval
 
 # two-sided 95 % quantiles of Student's t, as printed in any table
 T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
@@ -51,3 +52,19 @@ def test_equal_values_have_no_width():
 def test_what_cannot_be_summarised_is_refused(values, level, says):
     with pytest.raises(DataError, match=says):
         summarise(values, level)
+
+
+def test_wilson_against_its_definition():
+    """The interval holds the shares p for which the observed share lies within z standard errors of p."""
+    looked = 0
+    for correct, total in ((0, 3), (1, 4), (9, 10), (50, 50), (160, 320)):
+        for end in wilson_interval(correct, total):
+            if 0 < end < 1:
+                z = abs(correct / total - end) / math.sqrt(end * (1 - end) / total)
+                assert z == pytest.approx(1.959964, abs=1e-5)
+                looked += 1
+    assert looked == 8
+    with pytest.raises(DataError, match="at least one image"):
+        wilson_interval(0, 0)
+    with pytest.raises(DataError, match="level"):
+        wilson_interval(1, 2, 1.0)
