@@ -1,0 +1,49 @@
+"""MLLM QLoRA: low-rank updates beside a language model whose big matrices are kept in 4 bits.
+
+Source: QLoRA arXiv 2305.14314; mllm sheets `lora-sft.md` and `backbones.md` (4-bit).
+Differs from the sheet: the scales aren't quantised a second time, and products are in the backbone's own precision
+(@bf16 for the paper's); the vision encoder, the bridge and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adaptkit.backbones.mllm.model import MLLM
+from adaptkit.backbones.quantised import quantise
+from adaptkit.errors import UnsupportedError
+from adaptkit.methods import methods
+from adaptkit.methods.lora._towers import is_quantised, targeted
+from adaptkit.methods.mllm.mllm_lora import MllmLora, MllmLoraConfig
+
+
+@dataclass(frozen=True)
+class MllmQloraConfig(MllmLoraConfig):
+    """Settings of MLLM QLoRA."""
+
+
+@methods.register("mllm-qlora")
+class MllmQlora(MllmLora):
+    """LoRA on a 4-bit twin: that of a backbone named with @nf4, which saves the memory, or quantised here."""
+
+    name = "mllm-qlora"
+    config_class: Any = MllmQloraConfig
+    config: MllmQloraConfig
+
+    def tune(self, twin: MLLM) -> None:
+        if not is_quantised(twin):
+            quantise(twin, "nf4")
+        super().tune(twin)
+        biased = [name for name in targeted(twin.model) if _has_bias(twin.model.get_submodule(name))]
+        if biased and twin.device.type == "cpu":
+            raise UnsupportedError(
+                f"{self.name} can't train {twin.spec.name!r} on the CPU: bitsandbytes has no gradient there through"
+                f" 4-bit layers with a bias ({biased[0]}). Use a GPU, or mllm-lora."
+            )
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return getattr(layer, "bias", None) is not None

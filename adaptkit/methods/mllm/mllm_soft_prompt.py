@@ -1,0 +1,105 @@
+"""MLLM soft prompt: vectors of its own in the place of the question's tokens are all that is trained.
+
+The vectors begin as the question's token embeddings, so that the untrained prompt answers as the question does, with
+the same positions (three axes on Qwen) and token types.
+
+Source: prompt tuning arXiv 2104.08691; mllm sheets `backbones.md` (positions with embeddings, peft's broken cases) and
+`vladva.md` (a soft prompt in the place of a written instruction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.backbones.mllm.model import Batch
+from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.errors import ConfigError
+from adaptkit.methods import methods
+from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig
+from adaptkit.types import TrainingSettings
+
+
+@dataclass(frozen=True)
+class MllmSoftPromptConfig(TunedMllmConfig):
+    """Settings of the MLLM soft prompt."""
+
+    tokens: int = field(
+        default=0,
+        metadata={"help": "Vectors; 0: as many as the question has tokens. Those beyond the question's are drawn."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.variant == "letters" or self.route == "letters":
+            raise ConfigError(
+                "A soft prompt takes the place of the question, and a lettered choice has another text for every image:"
+                " choose variant sft or softmax and a route other than letters, or mllm-lora."
+            )
+        super().__post_init__()
+
+    def counts(self) -> tuple[str, ...]:
+        return (*super().counts(), "tokens")
+
+
+@methods.register("mllm-soft-prompt")
+class MllmSoftPrompt(TunedMllm):
+    """Learned vectors instead of a written question. In token rows, vector j is written as -1 - j."""
+
+    name = "mllm-soft-prompt"
+    config_class: Any = MllmSoftPromptConfig
+    config: MllmSoftPromptConfig
+    soft: nn.Parameter
+    default_training: ClassVar[TrainingSettings | None] = TrainingSettings(
+        epochs=20, batch_size=16, keep_last=True, optimiser="adamw", lr=1e-3, weight_decay=0.0, schedule="cosine-step",
+        warmup_epochs=0,
+    )  # fmt: skip
+
+    def build(self) -> None:
+        super().build()
+        table = self.mllm.model.get_input_embeddings().weight
+        ids, start, end = question_span(self.mllm.prompter, Turn(self.question), [self.placeholders])
+        own = self.mllm.embed(torch.tensor(ids[start:end], device=table.device)).detach().float()
+        count = self.config.tokens or len(own)
+        drawn = torch.randn(max(0, count - len(own)), own.shape[1], generator=self.generator)
+        self.soft = nn.Parameter(torch.cat([own[:count], drawn.to(own) * own.std()]))
+
+    def prompt_ids(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[int]:
+        if len(turns) != 1 or turns[0].text != self.question or not hasattr(self, "soft"):
+            return super().prompt_ids(turns, counts)
+        ids, start, end = question_span(self.mllm.prompter, turns[0], counts)
+        row = [*ids[:start], *(-1 - place for place in range(len(self.soft))), *ids[end:]]
+        self.mllm.prompter.check_length(len(row), "The prompt with its soft vectors")
+        return row
+
+    def embedded(self, batch: Batch) -> Tensor | None:
+        soft = batch.ids < 0
+        if not bool(soft.any()):
+            return None
+        vectors = self.mllm.embed(batch.ids.clamp(min=0))
+        places = (-1 - batch.ids).clamp(min=0)
+        return torch.where(soft[..., None], self.soft.to(vectors.dtype)[places], vectors)
+
+
+def question_span(prompter: Prompter, turn: Turn, counts: Sequence[int]) -> tuple[list[int], int, int]:
+    """A prompt's token ids, and where in them the question begins and ends.
+
+    It is what the prompt doesn't share, from either end, with the same prompt without a question.
+    """
+    ids = prompter.ids([turn], counts)
+    bare = prompter.ids([Turn("", turn.images)], counts)
+    start = _shared(ids, bare)
+    return ids, start, len(ids) - _shared(ids[start:][::-1], bare[start:][::-1])
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two rows share."""
+    count = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
