@@ -240,8 +240,9 @@ class TunedMllm(GradientMethod, MllmZeroShot):
 
     def train(self, mode: bool = True) -> TunedMllm:
         for module in self._twin[0].modules() if hasattr(self, "_twin") else ():
-            if hasattr(module, "lora_dropout"):  # the model itself stays as it answers
-                module.lora_dropout.train(mode)
+            dropout = getattr(module, "lora_dropout", None)
+            if isinstance(dropout, nn.Module):  # the model itself stays as it answers
+                dropout.train(mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TunedMllm:
@@ -274,7 +275,8 @@ class TunedMllm(GradientMethod, MllmZeroShot):
         self.classes_changed()
         if self.calibrated and self._shown is not None:
             self._calibrate(replace(task, train=self._shown.inputs))
-        answer = self._name_answers()[0]
+        letters = self.config.variant == "letters"
+        answer = self.mllm.prompter.answers([Turn("?")], LETTERS[:1])[0] if letters else self._name_answers()[0]
         prompt = len(self.prompt_ids([Turn(self.question)], [self.placeholders]))
         return {
             "route": self.config.route,
@@ -365,10 +367,10 @@ class TunedMllm(GradientMethod, MllmZeroShot):
     def _questions(self, inputs: Tensor, labels: Tensor) -> tuple[list[str], list[list[int]]]:
         """What is asked about each image, and the tokens of its answer with the one that ends the turn."""
         if self.config.variant == "sft":
-            names = self._name_answers()
-            return [self.question] * len(labels), [names[label] for label in labels.tolist()]
+            rows = self._name_answers()
+            return [self.question] * len(labels), [rows[label] for label in labels.tolist()]
         letters = self.mllm.prompter.answers([Turn("?")], LETTERS)
-        texts, answers, names = [], [], self._fitted_shown
+        texts, answers, names = list[str](), list[list[int]](), self._fitted_shown
         for label, others in zip(labels.tolist(), self._others(inputs, labels), strict=True):
             options = [label, *others[: self.config.options - 1]]
             order = torch.randperm(len(options)).tolist()  # the loop has seeded torch's own generator

@@ -7,7 +7,7 @@ Differs from the papers: only the language model by default; language models wit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -41,7 +41,7 @@ class MllmBitfit(TunedMllm):
     """Own copies of norms and biases in the twin."""
 
     name = "mllm-bitfit"
-    config_class: Any = MllmBitfitConfig
+    config_class = MllmBitfitConfig
     config: MllmBitfitConfig
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings(
         epochs=10, batch_size=16, keep_last=True, optimiser="adamw", lr=1e-3, weight_decay=0.0, schedule="cosine-step",

@@ -77,7 +77,7 @@ class MllmLora(TunedMllm):
     """Peft's layers in the twin of the model; their names are those of transformers' model."""
 
     name = "mllm-lora"
-    config_class: Any = MllmLoraConfig
+    config_class = MllmLoraConfig
     config: MllmLoraConfig
 
     def tune(self, twin: MLLM) -> None:

@@ -7,22 +7,11 @@ Differs from the sheet: the scales aren't quantised a second time, and products 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
-
 from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.quantised import quantise
-from adaptkit.errors import UnsupportedError
 from adaptkit.methods import methods
-from adaptkit.methods.lora._towers import is_quantised, targeted
-from adaptkit.methods.mllm.mllm_lora import MllmLora, MllmLoraConfig
-
-
-@dataclass(frozen=True)
-class MllmQloraConfig(MllmLoraConfig):
-    """Settings of MLLM QLoRA."""
+from adaptkit.methods.lora._towers import is_quantised
+from adaptkit.methods.mllm.mllm_lora import MllmLora
 
 
 @methods.register("mllm-qlora")
@@ -30,20 +19,8 @@ class MllmQlora(MllmLora):
     """LoRA on a 4-bit twin: that of a backbone named with @nf4, which saves the memory, or quantised here."""
 
     name = "mllm-qlora"
-    config_class: Any = MllmQloraConfig
-    config: MllmQloraConfig
 
     def tune(self, twin: MLLM) -> None:
         if not is_quantised(twin):
             quantise(twin, "nf4")
         super().tune(twin)
-        biased = [name for name in targeted(twin.model) if _has_bias(twin.model.get_submodule(name))]
-        if biased and twin.device.type == "cpu":
-            raise UnsupportedError(
-                f"{self.name} can't train {twin.spec.name!r} on the CPU: bitsandbytes has no gradient there through"
-                f" 4-bit layers with a bias ({biased[0]}). Use a GPU, or mllm-lora."
-            )
-
-
-def _has_bias(layer: nn.Module) -> bool:
-    return getattr(layer, "bias", None) is not None

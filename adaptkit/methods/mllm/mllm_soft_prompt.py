@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class MllmSoftPrompt(TunedMllm):
     """Learned vectors instead of a written question. In token rows, vector j is written as -1 - j."""
 
     name = "mllm-soft-prompt"
-    config_class: Any = MllmSoftPromptConfig
+    config_class = MllmSoftPromptConfig
     config: MllmSoftPromptConfig
     soft: nn.Parameter
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings(
