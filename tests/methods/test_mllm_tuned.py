@@ -364,7 +364,7 @@ def test_four_bits_beside_the_full_backbone(kind):
     full.load_adapter_state(method.adapter_state())
     kept = {}
     for name, module in method.mllm.model.named_modules():
-        if type(module).__name__ == "Linear4bit":
+        if name.endswith(".base_layer"):
             layer = full.mllm.model.get_submodule(name)
             kept[name] = layer.weight
             rounded = dequantize_4bit(module.weight.data, module.weight.quant_state)

@@ -59,6 +59,7 @@ class MllmSoftPrompt(TunedMllm):
     )  # fmt: skip
 
     def build(self) -> None:
+        self._rows: dict[tuple[int, ...], list[int]] = {}  # by the images' placeholders
         super().build()
         table = self.mllm.model.get_input_embeddings().weight
         ids, start, end = question_span(self.mllm.prompter, Turn(self.question), [self.placeholders])
@@ -70,10 +71,13 @@ class MllmSoftPrompt(TunedMllm):
     def prompt_ids(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[int]:
         if len(turns) != 1 or turns[0].text != self.question or not hasattr(self, "soft"):
             return super().prompt_ids(turns, counts)
-        ids, start, end = question_span(self.mllm.prompter, turns[0], counts)
-        row = [*ids[:start], *(-1 - place for place in range(len(self.soft))), *ids[end:]]
-        self.mllm.prompter.check_length(len(row), "The prompt with its soft vectors")
-        return row
+        key = tuple(counts)
+        if key not in self._rows:
+            ids, start, end = question_span(self.mllm.prompter, turns[0], counts)
+            row = [*ids[:start], *(-1 - place for place in range(len(self.soft))), *ids[end:]]
+            self.mllm.prompter.check_length(len(row), "The prompt with its soft vectors")
+            self._rows[key] = row
+        return list(self._rows[key])
 
     def embedded(self, batch: Batch) -> Tensor | None:
         soft = batch.ids < 0
@@ -87,10 +91,16 @@ class MllmSoftPrompt(TunedMllm):
 def question_span(prompter: Prompter, turn: Turn, counts: Sequence[int]) -> tuple[list[int], int, int]:
     """A prompt's token ids, and where in them the question begins and ends.
 
-    It is what the prompt doesn't share, from either end, with the same prompt without a question.
+    It is what the prompt doesn't share, from either end, with the same prompt without a question. A space that only
+    keeps the question off an image isn't part of it: it is as long as in the prompt without images.
     """
-    ids = prompter.ids([turn], counts)
-    bare = prompter.ids([Turn("", turn.images)], counts)
+    ids, start, end = _span(prompter, turn, counts)
+    _, first, last = _span(prompter, Turn(turn.text, 0), ())
+    return ids, max(start, end - (last - first)), end
+
+
+def _span(prompter: Prompter, turn: Turn, counts: Sequence[int]) -> tuple[list[int], int, int]:
+    ids, bare = prompter.ids([turn], counts), prompter.ids([Turn("", turn.images)], counts)
     start = _shared(ids, bare)
     return ids, start, len(ids) - _shared(ids[start:][::-1], bare[start:][::-1])
 
