@@ -49,7 +49,7 @@ def check_leaks(texts: Iterable[str], novel: Sequence[str], base: Sequence[str])
     names = ", ".join(map(repr, list(found)[:_SHOWN])) + (", …" if len(found) > _SHOWN else "")
     text = " ".join(next(iter(found.values())).split())
     raise DataError(
-        f"Training texts name {len(found)} novel classes ({names}), as in {text[:200]!r}: novel"
+        f"Training texts name novel classes ({names}), as in {text[:200]!r}: novel"
         " classes would no longer be new. Take them out of the question (setting 'prompt' or 'noun') and of the base"
         " classes' names."
     )
