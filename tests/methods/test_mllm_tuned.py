@@ -142,6 +142,18 @@ def library_inputs(backbone, pixels, ids):
     return {"input_ids": ids, **given}
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_what_is_trained_is_what_is_scored(kind):
+    """One pass over question and name gives the likelihood that the tree of names has, in every family."""
+    backbone = tiny.load(kind)
+    method = shaken(make(backbone, vision=True, **EXACT))
+    pixels, labels = query(backbone, "images", 2), torch.tensor([3, 1])
+    loss, _ = gradients(method, pixels, labels)
+    tokens = sum(len(method._name_answers()[label]) for label in labels)
+    scores = ask(method, pixels)[torch.arange(2), labels]
+    torch.testing.assert_close(loss * tokens, -scores.sum(), rtol=1e-5, atol=1e-4)
+
+
 def test_softmax_loss_is_brute_force(llava):
     method = shaken(make(llava, variant="softmax", **EXACT))
     pixels, labels = query(llava, "images", 3), torch.tensor([2, 0, 3])

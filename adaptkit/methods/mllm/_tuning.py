@@ -32,7 +32,7 @@ from adaptkit.methods.lora._towers import shared_copy, state_name
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import Normalisation, normalised
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
-from adaptkit.types import FitTask, Inputs, TrainingLoop, TrainingSettings
+from adaptkit.types import FitTask, Inputs, Reads, TrainingLoop, TrainingSettings
 
 IGNORED = -100
 """Label of a token that isn't supervised."""
@@ -197,12 +197,11 @@ class NumberedInputs:
         return ImageFeatures.join([known[number] for number in wanted])
 
 
-class TunedMllm(GradientMethod, MllmZeroShot):
-    """A multimodal language model with trainable parts, trained on questions about the shots and asked as before.
+class TwinMethod(GradientMethod):
+    """A method that trains parts of a twin of the model."""
 
-    It answers by every route of `mllm-zero-shot`, through the twin.
-    """
-
+    reads: ClassVar[Reads] = "images"
+    needs_mllm: ClassVar[bool] = True
     config: Any
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings(
         epochs=10, batch_size=16, keep_last=True, optimiser="adamw", lr=1e-4, weight_decay=0.0, schedule="cosine-step",
@@ -215,11 +214,14 @@ class TunedMllm(GradientMethod, MllmZeroShot):
     def tune(self, twin: MLLM) -> None:
         """Put the trainables into the twin (parameters that aren't the backbone's and ask for gradients)."""
 
+    def shown(self, pixels: Tensor) -> ImageFeatures:
+        """Image features for the method's prompt."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't define shown.")
+
     # --- the twin -----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        frozen = cast(MLLM, self.backbone)
-        twin = twin_of(frozen)
+        twin = twin_of(cast(MLLM, self.backbone))
         self._twin = (twin,)  # a tuple, so that torch counts only the trainables among our modules
         self.tune(twin)
         self.backbone.requires_grad_(False)  # whatever peft marked: the twin holds the backbone's own parameters
@@ -230,30 +232,25 @@ class TunedMllm(GradientMethod, MllmZeroShot):
                 set_parameter(held, state_name(name), parameter)
         if next(held.parameters(), None) is not None:
             self.add_module("adapter", held)
-        self._shown: NumberedInputs | None = None
-        self._confused: Tensor | None = None
+        self._numbered: NumberedInputs | None = None
         super().build()
 
     @property
     def mllm(self) -> MLLM:
         return self._twin[0]
 
-    def train(self, mode: bool = True) -> TunedMllm:
+    def train(self, mode: bool = True) -> TwinMethod:
         for module in self._twin[0].modules() if hasattr(self, "_twin") else ():
             dropout = getattr(module, "lora_dropout", None)
             if isinstance(dropout, nn.Module):  # the model itself stays as it answers
                 dropout.train(mode)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TunedMllm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwinMethod:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for module in self._twin[0].modules():  # parameters are shared and have moved; a buffer is a new tensor then
             module._buffers = {key: b if b is None else fn(b) for key, b in module._buffers.items()}
         return self
-
-    def classes_changed(self) -> None:
-        super().classes_changed()
-        self._prior_memo = None  # it depends on what was learned
 
     def trainables(self) -> list[nn.Parameter]:
         """What the loop trains."""
@@ -264,17 +261,54 @@ class TunedMllm(GradientMethod, MllmZeroShot):
     def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
         keep = self.vision_frozen and not (loop is not None and loop.settings.fresh_views)
         self.set_classes(self.fitted_names)
-        self._shown = NumberedInputs(task.train, self.features, keep=keep)
+        self._numbered = NumberedInputs(task.train, self.shown, keep=keep)
         try:
-            self._mine(loop)
-            return super().fit(replace(task, train=self._shown), loop)
+            self.look(loop)
+            return super().fit(replace(task, train=self._numbered), loop)
         finally:
-            self._shown = self._confused = None
+            self._numbered = None
+
+    def look(self, loop: TrainingLoop | None) -> None:
+        """Look at the training images (`_numbered`) before the first step."""
+
+    def backward(self, terms: Any, scale: Callable[[Tensor], Tensor]) -> None:
+        super().backward(terms, scale)
+        if self.config.clip:
+            unit = float(scale(torch.ones((), device=self.backbone.device)))
+            nn.utils.clip_grad_norm_(self.trainables(), self.config.clip * unit)
+
+    def training_features(self, inputs: Tensor) -> ImageFeatures:
+        if inputs.dim() > 1 or self._numbered is None:
+            return self.shown(inputs)
+        numbers = inputs.cpu()
+        return self._numbered.features(numbers) if self.vision_frozen else self.shown(self._numbered.pixels(numbers))
+
+
+class TunedMllm(TwinMethod, MllmZeroShot):
+    """A multimodal language model with trainable parts, trained on questions about the shots and asked as before.
+
+    It answers by every route of `mllm-zero-shot`, through the twin.
+    """
+
+    config: Any
+
+    def build(self) -> None:
+        self._confused: Tensor | None = None
+        super().build()
+
+    def shown(self, pixels: Tensor) -> ImageFeatures:
+        return self.features(pixels)
+
+    def classes_changed(self) -> None:
+        super().classes_changed()
+        self._prior_memo = None  # it depends on what was learned
+
+    # --- fitting ------------------------------------------------------------------------------------------------------
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         self.classes_changed()
-        if self.calibrated and self._shown is not None:
-            self._calibrate(replace(task, train=self._shown.inputs))
+        if self.calibrated and self._numbered is not None:
+            self._calibrate(replace(task, train=self._numbered.inputs))
         letters = self.config.variant == "letters"
         answer = self.mllm.prompter.answers([Turn("?")], LETTERS[:1])[0] if letters else self._name_answers()[0]
         prompt = len(self.prompt_ids([Turn(self.question)], [self.placeholders]))
@@ -302,15 +336,16 @@ class TunedMllm(GradientMethod, MllmZeroShot):
         return self.mllm.prompter.answers([Turn(self.question)], self._fitted_shown)
 
     @torch.no_grad()
-    def _mine(self, loop: TrainingLoop | None) -> None:
+    def look(self, loop: TrainingLoop | None) -> None:
         """Note for each shot the classes that the untrained model confuses it with most, the worst first."""
+        self._confused = None
         classes, show = len(self.fitted_names), progress_of(loop)
         wanted = self.config.options - 1 if self.config.variant == "letters" else self.config.negatives
-        if self.config.variant == "sft" or not 0 < wanted < classes - 1 or self._shown is None:
+        if self.config.variant == "sft" or not 0 < wanted < classes - 1 or self._numbered is None:
             return
-        trie, found, labels = self.trie(), [], self._shown.labels.cpu()
+        trie, found, labels = self.trie(), [], self._numbered.labels.cpu()
         for group in torch.arange(len(labels)).split(self.at_once()):
-            prefix = self.asked(self._shown.features(group))
+            prefix = self.asked(self._numbered.features(group))
             scores = normalised(self.mllm.candidate_scores(prefix, trie), trie.lengths, "mean").cpu()
             scores[torch.arange(len(group)), labels[group]] = -torch.inf
             found.append(scores.topk(wanted, dim=1).indices)
@@ -339,26 +374,14 @@ class TunedMllm(GradientMethod, MllmZeroShot):
 
         def part(rows: Tensor) -> Tensor:
             picked = rows.tolist()
-            features = self._training_features(inputs[rows])
+            features = self.training_features(inputs[rows])
             return self.answer_loss([texts[i] for i in picked], [answers[i] for i in picked], features) / tokens
 
         return {"answer": summed(part, chunks, self.trainables())}
 
-    def backward(self, terms: Any, scale: Callable[[Tensor], Tensor]) -> None:
-        super().backward(terms, scale)
-        if self.config.clip:
-            unit = float(scale(torch.ones((), device=self.backbone.device)))
-            nn.utils.clip_grad_norm_(self.trainables(), self.config.clip * unit)
-
-    def _training_features(self, inputs: Tensor) -> ImageFeatures:
-        if inputs.dim() > 1 or self._shown is None:
-            return self.features(inputs)
-        numbers = inputs.cpu()
-        return self._shown.features(numbers) if self.vision_frozen else self.features(self._shown.pixels(numbers))
-
     def _others(self, inputs: Tensor, labels: Tensor) -> list[list[int]]:
         """For each image the classes beside its own that it is compared with."""
-        if self._confused is not None and self._shown is not None and inputs.dim() == 1:
+        if self._confused is not None and self._numbered is not None and inputs.dim() == 1:
             rows: list[list[int]] = self._confused[inputs.cpu() % len(self._confused)].tolist()
             return rows
         everything = range(len(self.fitted_names))
@@ -404,7 +427,7 @@ class TunedMllm(GradientMethod, MllmZeroShot):
             else self.mllm.prompter.answers([Turn(self.question)], self._fitted_shown, end=False)
         )
         trie = Trie.build([names[index] for index in used.tolist()])
-        prefix = self.asked(self._training_features(inputs))
+        prefix = self.asked(self.training_features(inputs))
         kind: Normalisation = "mean" if self.config.normalisation == "mean" else "sum"
         scores = normalised(self.mllm.candidate_scores(prefix, trie), trie.lengths, kind).gather(1, places)
         return F.cross_entropy(scores, torch.zeros_like(labels), reduction="sum") / batch

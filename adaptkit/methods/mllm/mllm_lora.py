@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones.mllm.families import LANGUAGE_LINEARS, Target
@@ -21,10 +20,10 @@ from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.base import ParameterGroup
-from adaptkit.methods.lora._towers import inject, is_quantised, load_peft, targeted, write_peft
+from adaptkit.methods.lora._towers import is_quantised, targeted, write_peft
+from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
 from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig, own_parameters
 
-_PEFT = "base_model.model."
 _HELD = "adapter."
 
 
@@ -87,23 +86,20 @@ class MllmLora(TunedMllm):
             raise ConfigError(
                 f"DoRA needs the norms of full weights, and {twin.spec.name!r} is quantised: choose kind=lora."
             )
-        self._peft_config = load_peft().LoraConfig(
+        self._peft_config = add_low_rank(
+            twin,
+            self._targets(twin),
+            self.generator,
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             use_dora=config.kind == "dora",
             use_rslora=config.kind == "rslora",
-            target_modules=self._targets(twin),
         )
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        inject(twin.model, self._peft_config, word="language", seed=seed)
-        self._check_ranks(twin)
-        for name, parameter in twin.model.named_parameters():
-            if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # small steps would be lost in half precision
-        twin.model.requires_grad_(False)
-        for name, parameter in twin.model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+        found = targeted(twin.model)
+        missing = [name for name in config.layers if not any(layer.endswith(f".{name}") for layer in found)]
+        if missing:
+            raise ConfigError(f"The language model of {twin.spec.name!r} has no layer named {missing[0]!r}.")
         if config.bridge:
             own_parameters(twin, "bridge")
 
@@ -117,20 +113,6 @@ class MllmLora(TunedMllm):
         if self.config.vision:
             patterns.append(twin.family.lora_targets("vision"))
         return "|".join(f"(?:{pattern})" for pattern in patterns)
-
-    def _check_ranks(self, twin: MLLM) -> None:
-        found = targeted(twin.model)
-        missing = [name for name in self.config.layers if not any(layer.endswith(f".{name}") for layer in found)]
-        if missing:
-            raise ConfigError(f"The language model of {twin.spec.name!r} has no layer named {missing[0]!r}.")
-        for name in found:
-            layer: Any = twin.model.get_submodule(name)
-            width = min(layer.in_features, layer.out_features)
-            if self.config.r > width:
-                raise ConfigError(
-                    f"r is {self.config.r}, but {name} of {twin.spec.name!r} has width {width}: choose r of at most"
-                    f" {width}."
-                )
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +159,7 @@ class MllmLora(TunedMllm):
             if any(isinstance(item, nn.Parameter) for _, item in parts):
                 return
             fields["modules_to_save"] = [path for path, _ in parts]
-        state = {f"{_PEFT}{name}": parameter.detach() for _, name, parameter in self._parts()}
+        state = {f"{PEFT_PREFIX}{name}": parameter.detach() for _, name, parameter in self._parts()}
         write_peft(folder, state, targeted(self.mllm.model), fields)
 
     @classmethod
@@ -196,7 +178,7 @@ class MllmLora(TunedMllm):
         return found | {"language": bool(changed - vision), "vision": bool(vision)}
 
     def reference_key(self, key: str) -> str | None:
-        return f"{_PEFT}{key.removeprefix(_HELD)}" if key.startswith(_HELD) else None
+        return f"{PEFT_PREFIX}{key.removeprefix(_HELD)}" if key.startswith(_HELD) else None
 
     def reference_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A peft file's entries under today's names, whatever release of transformers wrote it; none gets lost.
@@ -218,9 +200,9 @@ class MllmLora(TunedMllm):
 
     def _todays_name(self, key: str, own: set[str | None]) -> str:
         """An entry's name in this release: towers were called otherwise before transformers 5."""
-        name, family = key.removeprefix(_PEFT), cast(MLLM, self.backbone).family
+        name, family = key.removeprefix(PEFT_PREFIX), cast(MLLM, self.backbone).family
         older = re.sub(r"^(language_model\.)?model\.layers\.", f"{family.language}.layers.", name)
         for candidate in (name, older, f"model.{name}"):
-            if f"{_PEFT}{candidate}" in own:
-                return f"{_PEFT}{candidate}"
+            if f"{PEFT_PREFIX}{candidate}" in own:
+                return f"{PEFT_PREFIX}{candidate}"
         return key
