@@ -14,11 +14,12 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, AdaptKitError, BackboneError, ConfigError
 from adaptkit.methods.adapter import AdaptedModel, load_adapter, save_adapter
 from adaptkit.methods.importing import import_reference
+from adaptkit.methods.mllm._soft import question_span
 from adaptkit.methods.mllm._tuning import IGNORED, NumberedInputs, answer_labels, summed
 from adaptkit.methods.mllm.mllm_bitfit import MllmBitfit, MllmBitfitConfig
 from adaptkit.methods.mllm.mllm_lora import MllmLora, MllmLoraConfig
 from adaptkit.methods.mllm.mllm_qlora import MllmQlora
-from adaptkit.methods.mllm.mllm_soft_prompt import MllmSoftPrompt, MllmSoftPromptConfig, question_span
+from adaptkit.methods.mllm.mllm_soft_prompt import MllmSoftPrompt, MllmSoftPromptConfig
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.storage import read_safetensors, write_safetensors
 from adaptkit.training.loop import fit_method

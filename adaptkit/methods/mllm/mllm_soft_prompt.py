@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones.mllm.model import Batch
-from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
+from adaptkit.methods.mllm._soft import question_span, with_soft
 from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig
 from adaptkit.types import TrainingSettings
 
@@ -80,36 +81,4 @@ class MllmSoftPrompt(TunedMllm):
         return list(self._rows[key])
 
     def embedded(self, batch: Batch) -> Tensor | None:
-        soft = batch.ids < 0
-        if not bool(soft.any()):
-            return None
-        vectors = self.mllm.embed(batch.ids.clamp(min=0))
-        places = (-1 - batch.ids).clamp(min=0)
-        return torch.where(soft[..., None], self.soft.to(vectors.dtype)[places], vectors)
-
-
-def question_span(prompter: Prompter, turn: Turn, counts: Sequence[int]) -> tuple[list[int], int, int]:
-    """A prompt's token ids, and where in them the question begins and ends.
-
-    It is what the prompt doesn't share, from either end, with the same prompt without a question. A space that only
-    keeps the question off an image isn't part of it: it is as long as in the prompt without images.
-    """
-    ids, start, end = _span(prompter, turn, counts)
-    _, first, last = _span(prompter, Turn(turn.text, 0), ())
-    return ids, max(start, end - (last - first)), end
-
-
-def _span(prompter: Prompter, turn: Turn, counts: Sequence[int]) -> tuple[list[int], int, int]:
-    ids, bare = prompter.ids([turn], counts), prompter.ids([Turn("", turn.images)], counts)
-    start = _shared(ids, bare)
-    return ids, start, len(ids) - _shared(ids[start:][::-1], bare[start:][::-1])
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two rows share."""
-    count = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
+        return with_soft(self.mllm, batch, self.soft)
