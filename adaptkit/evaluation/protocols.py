@@ -18,6 +18,7 @@ from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
 from adaptkit.data.splits import Split, TestSplit
 from adaptkit.errors import AdaptKitWarning, DataError
+from adaptkit.evaluation.leaks import check_leaks
 from adaptkit.evaluation.metrics import Metrics, compute_metrics, harmonic_mean, log_softmax
 from adaptkit.evaluation.recipes import STAND_INS, Recipe, Resolved, find_recipe, load_recipe, resolve
 from adaptkit.evaluation.results import (
@@ -309,6 +310,8 @@ class _Run:
         )
         for part in task.parts:  # classes that it refuses or can't read are said before it is trained
             method.set_classes(part.asked, part.other)
+        novel = [name for part in task.parts if part.other is None for name in part.asked]
+        check_leaks(method.training_texts(), [name for name in novel if name not in task.class_names], task.class_names)
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
         val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))

@@ -39,7 +39,7 @@ class TunedWeights(nn.Module):
                 " for: choose another backbone, or a method that works on features."
             )
         for name, value in chosen.items():
-            _set_parameter(self, name, nn.Parameter(value.detach().clone()))
+            set_parameter(self, name, nn.Parameter(value.detach().clone()))
         self._twin: list[tuple[Backbone, Backbone]] = []  # a list, so that torch doesn't count it among our modules
 
     def values(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -77,7 +77,7 @@ def share_all_but(backbone: Backbone, own: dict[str, nn.Parameter]) -> Backbone:
     return copy.deepcopy(backbone, memo)
 
 
-def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+def set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
     """Register a parameter under a dotted name, which torch keeps as modules within modules."""
     *path, last = name.split(".")
     for part in path:

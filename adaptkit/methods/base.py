@@ -214,6 +214,10 @@ class Method(nn.Module):
         """
         return state
 
+    def training_texts(self) -> list[str]:
+        """Texts that training shows a language model, as it reads them: none may name a novel class."""
+        return []
+
     def write_extras(self, folder: Path) -> None:
         """Write what other libraries read into an adapter's folder, when it is saved. Most methods have nothing."""
 

@@ -59,8 +59,46 @@ def test_an_adapter_on_disk_predicts(call, photos, tmp_path, backbone):
     assert loaded.predict_proba([picture]).shape == (1, len(CLASSES))
 
 
+TUNED = ("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit")
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_tuned_models_on_disk(call, photos, tmp_path, backbone, method):
+    out, picture = tmp_path / "out", photos / "oak" / "0.png"
+    words = ["run", photos, "--method", method, "--backbone", backbone, "--shots", 2, "--protocol", "base-to-novel"]
+    outcome = call(*words, "--set", "training.epochs=2", "--out", out)
+    assert outcome.exit_code == 0, outcome.output
+    result = read_run(out)
+    assert [(part.name, part.num_classes) for part in result.parts] == [("base", 2), ("novel", 2)]
+    assert result.fit["losses"][1] < result.fit["losses"][0]
+    assert result.recipe == f"{method}/base-to-novel"
+    assert (out / "adapter" / "peft").is_dir() == (method in ("mllm-lora", "mllm-qlora"))
+    outcome = call("predict", out, picture, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    loaded = adaptkit.load(out / "adapter")
+    assert loaded.predict_one(picture) in json.dumps(json.loads(outcome.stdout))
+
+
+def test_a_peft_file_becomes_an_adapter(call, refused, photos, tmp_path, backbone):
+    words = ["run", photos, "--method", "mllm-lora", "--backbone", backbone, "--shots", 2, "--set", "training.epochs=1"]
+    assert call(*words, "--set", "r=4", "--set", "alpha=8", "--out", tmp_path / "out").exit_code == 0
+    file = tmp_path / "out" / "adapter" / "peft" / "adapter_model.safetensors"
+    words = ["import", file, "--method", "mllm-lora", "--backbone", backbone, "--classes", ",".join(CLASSES)]
+    outcome = call(*words, "--set", "alpha=8", "--out", tmp_path / "imported")
+    assert outcome.exit_code == 0, outcome.output
+    pictures = [photos / label / "0.png" for label in CLASSES]
+    one, two = (adaptkit.load(tmp_path / name) for name in ("out/adapter", "imported"))
+    np.testing.assert_array_equal(one.predict_proba(pictures), two.predict_proba(pictures))
+    other = f"transformers:{tiny.save('blip2')}"
+    words[words.index(backbone)] = other
+    assert "has no layer named" in refused(*words, "--out", tmp_path / "none")
+    config = tmp_path / "out" / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(backbone, other))
+    assert "load the backbone it was trained on" in refused("predict", tmp_path / "out" / "adapter", pictures[0])
+
+
 def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
-    chosen = "mllm-zero-shot,zero-shot,tip-adapter,linear-probe,gda"
+    chosen = "mllm-zero-shot,mllm-lora,zero-shot,tip-adapter,linear-probe,gda"
     words = ["compare", photos, "--methods", chosen, "--backbone", backbone, "--shots", 2, "--out", tmp_path / "out"]
     outcome = call(*words, "--json")
     assert outcome.exit_code == 0, outcome.output
@@ -72,9 +110,11 @@ def test_as_an_estimator(photos, tmp_path, backbone):
     labels = ["oak"] * 3 + ["yew"] * 3
     classifier = FewShotClassifier("mllm-zero-shot", backbone, settings={"normalisation": "calibrated"})
     classifier.fit(pictures, labels)
-    before = classifier.predict_proba(pictures)
-    classifier.save(tmp_path / "saved")
-    np.testing.assert_allclose(adaptkit.load(tmp_path / "saved").predict_proba(pictures), before, atol=1e-6)
+    tuned = FewShotClassifier("mllm-lora", backbone, training={"epochs": 2, "lr": 1e-2}).fit(pictures, labels)
+    for place, made in enumerate((classifier, tuned)):
+        before = made.predict_proba(pictures)
+        made.save(tmp_path / str(place))
+        np.testing.assert_allclose(adaptkit.load(tmp_path / str(place)).predict_proba(pictures), before, atol=1e-6)
     silent = FewShotClassifier("mllm-zero-shot", backbone, settings={"route": "open", "max_tokens": 1})
     with pytest.warns(AdaptKitWarning, match="no answer that names a class for 6 of 6 images"):
         assert silent.fit(pictures, labels).predict_proba(pictures) == pytest.approx(0.5)
@@ -89,6 +129,12 @@ def test_bad_input(refused, photos, tmp_path, backbone):
     assert "isn't one" in run("--backbone", "mini")
     assert "can't be opened" in run("--backbone", backbone, method="coop")
     assert "did you mean 'letters'" in run("--backbone", backbone, "--set", "route=lettrs")
+    assert "r is 0" in run("--backbone", backbone, "--set", "r=0", method="mllm-lora")
+    assert "takes the place of" in run("--backbone", backbone, "--set", "variant=letters", method="mllm-soft-prompt")
+    assert "no biases" in run("--backbone", backbone, "--set", "what=biases", method="mllm-bitfit")
+    assert "more than the 512" in run("--backbone", backbone, "--set", "tokens=600", method="mllm-soft-prompt")
+    leak = ["--protocol", "base-to-novel", "--set", "prompt=Is it a YEW or what?"]
+    assert "name novel classes ('yew')" in run("--backbone", backbone, *leak, method="mllm-lora")
     assert "setting 'examples'" in run("--backbone", backbone, "--set", "examples=60", method="mllm-icl")
     assert "for multimodal language models" in run("--backbone", "mini@bf16", method="zero-shot")
     bare = tiny.save("qwen2_vl", tmp_path / "bare", template="")

@@ -34,10 +34,15 @@ WHY_NOT = {
     "cocoop": "every image shifts its text prompts",
     "em-dirichlet": "depends on the images it is asked about with it",
     "fed-mp": "depends on the images it is asked about with it",
+    "mllm-bitfit": "the language model reads every image",
     "mllm-icl": "the language model reads every image",
+    "mllm-lora": "the language model reads every image",
+    "mllm-qlora": "the language model reads every image",
+    "mllm-soft-prompt": "the language model reads every image",
     "mllm-zero-shot": "the language model reads every image",
     "transclip": "depends on the images it is asked about with it",
     "unem": "depends on the images it is asked about with it",
+    "vladva": "the language model reads every image",
 }
 
 

@@ -9,7 +9,7 @@ Source: mllm sheets `backbones.md` and `few-shot-classifier.md`; transformers 5.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,17 +227,23 @@ class MLLM(Backbone):
         cap = getattr(self._text_config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def prefix(self, rows: Sequence[Sequence[int]], features: ImageFeatures | None = None) -> Prefix:
+    def prefix(
+        self,
+        rows: Sequence[Sequence[int]],
+        features: ImageFeatures | None = None,
+        embedded: Callable[[Batch], Tensor | None] = lambda batch: None,
+    ) -> Prefix:
         """Put prompts through the model and keep their keys and values.
 
         Args:
             rows: Token ids of the prompts.
             features: The images of all rows in reading order.
+            embedded: Gives the batch's embeddings in place of those of its ids (see `hidden`), or None.
         """
         from transformers import DynamicCache
 
         cache, batch = DynamicCache(), self.batch(rows, features)  # without a config it keeps all keys of all layers
-        hidden = self.hidden(batch, features, cache=cache)
+        hidden = self.hidden(batch, features, embeds=embedded(batch), cache=cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return Prefix(layers, batch.mask, batch.next_position, hidden[:, -1])
 

@@ -273,18 +273,30 @@ class TowerMethod(ClassWeightMethod, GradientMethod):
                     state[f"base_model.model.{transformers_name(word, key.removeprefix(prefix))}"] = value
             targets += [transformers_name(word, name) for name in targeted(self.changed_towers[word])]
             fields |= config.to_dict()
-        fields |= {"target_modules": sorted(targets), "inference_mode": True, "task_type": None, **self.peft_extras()}
-        for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):  # the full names say it all
-            if name in fields:
-                fields[name] = None
-        place = folder / PEFT_FOLDER
-        place.mkdir()
-        write_safetensors(place / "adapter_model.safetensors", {k: v.cpu().contiguous() for k, v in state.items()})
-        write_json(place / "adapter_config.json", _plain(fields))
+        write_peft(folder, state, targets, fields | self.peft_extras())
 
     def peft_extras(self) -> dict[str, Any]:
         """Fields of the written config that name layers otherwise."""
         return {}
+
+
+def write_peft(folder: Path, state: Mapping[str, Tensor], targets: list[str], fields: dict[str, Any]) -> None:
+    """Write an adapter in peft's own layout into a folder of its own within `folder`.
+
+    Args:
+        folder: The adapter's folder.
+        state: Tensors under peft's names.
+        targets: Full names of the layers that are changed.
+        fields: Peft's settings.
+    """
+    fields = fields | {"target_modules": sorted(targets), "inference_mode": True, "task_type": None}
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):  # the full names say it all
+        if name in fields:
+            fields[name] = None
+    place = folder / PEFT_FOLDER
+    place.mkdir()
+    write_safetensors(place / "adapter_model.safetensors", {k: v.cpu().contiguous() for k, v in state.items()})
+    write_json(place / "adapter_config.json", _plain(fields))
 
 
 def targeted(tower: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import MLLM, Prefix
+from adaptkit.backbones.mllm.model import MLLM, Batch, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, UnsupportedError
@@ -71,7 +71,7 @@ class AskingMethod(Method):
         for name in self.shown_names:
             prompter.check_text(name, "class name")
         longest = int(self.trie().lengths.max())
-        prompt = len(prompter.ids([Turn(self.question)], [self.placeholders]))
+        prompt = len(self.prompt_ids([Turn(self.question)], [self.placeholders]))
         prompter.check_length(prompt + longest, "The question with the longest class name")
 
     def trie(self) -> Trie:
@@ -109,14 +109,26 @@ class AskingMethod(Method):
         for group in pixels.split(at_once or self.at_once()):
             yield self.features(group)
 
-    def prefix(self, features: ImageFeatures, turns: Sequence[Sequence[Turn]]) -> Prefix:
-        """Put one conversation per row through the model; `features` are all images in reading order."""
+    def prompt_ids(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[int]:
+        """Token ids of a conversation whose images have `counts` placeholders."""
+        return self.mllm.prompter.ids(turns, counts)
+
+    def embedded(self, batch: Batch) -> Tensor | None:
+        """Token embeddings [rows, length, width] in place of those of the ids; None for the ids' own."""
+        return None
+
+    def prompt_rows(self, features: ImageFeatures, turns: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        """Token ids of one conversation per row; `features` are all images in reading order."""
         rows, at = [], 0
         for conversation in turns:
             shown = sum(turn.images for turn in conversation)
-            rows.append(self.mllm.prompter.ids(conversation, features.counts[at : at + shown]))
+            rows.append(self.prompt_ids(conversation, features.counts[at : at + shown]))
             at += shown
-        return self.mllm.prefix(rows, features)
+        return rows
+
+    def prefix(self, features: ImageFeatures, turns: Sequence[Sequence[Turn]]) -> Prefix:
+        """Put one conversation per row through the model; `features` are all images in reading order."""
+        return self.mllm.prefix(self.prompt_rows(features, turns), features, self.embedded)
 
     def asked(self, features: ImageFeatures) -> Prefix:
         """The plain question about each image."""

@@ -186,8 +186,7 @@ class MllmZeroShot(AskingMethod):
             return None
         if self._prior_memo is None or self._prior_memo[0] != self.class_names:
             if kind == "pmi":
-                rows = [self.mllm.prompter.ids([Turn(self.question, 0)])]
-                prefix = self.mllm.prefix(rows)
+                prefix = self.prefix(ImageFeatures(()), [[Turn(self.question, 0)]])
             else:
                 prefix = self.asked(self.features(self.blank_images()))
             self._prior_memo = (self.class_names, self.mllm.candidate_scores(prefix, trie))
