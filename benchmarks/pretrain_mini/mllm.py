@@ -31,6 +31,9 @@ IGNORED = -100
 READERS = {"word": (2, 2), "option": (3, 2), "place": (3, 6)}  # after which layer, how many values
 READER_WEIGHT = 0.5
 LETTER_WEIGHT = 2.0
+MUON_FACTOR = 2.0  # of its rate to AdamW's
+
+Optimisers = list[tuple[torch.optim.Optimizer, float]]
 
 
 class Words:
@@ -194,19 +197,25 @@ class Trainee(nn.Module):
         second = self.llava.model.multi_modal_projector.linear_2
         second.weight.normal_(0, 0.05)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def states(self, batch: Batch) -> list[Tensor]:
+        """What each layer gives, [rows, length, width]; the last one still without its norm."""
         language = self.llava.model.language_model
         vectors = self.llava.model.multi_modal_projector(self.tower(batch.pictures))
-        embeds = language.embed_tokens(batch.ids)
-        embeds = embeds.masked_scatter((batch.ids == layout.IMAGE)[..., None], vectors.to(embeds.dtype))
-        states: list[Tensor] = []
-        x, rotary = embeds, language.rotary_emb(embeds, position_ids=batch.positions)
+        x = language.embed_tokens(batch.ids)
+        x = x.masked_scatter((batch.ids == layout.IMAGE)[..., None], vectors.to(x.dtype))
+        rotary = language.rotary_emb(x, position_ids=batch.positions)
+        states = []
         for layer in language.layers:
             x = layer(x, attention_mask=batch.mask, position_ids=batch.positions, position_embeddings=rotary)
             x = x[0] if isinstance(x, tuple) else x
             states.append(x)
+        return states
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss, and what shows its course."""
+        states = self.states(batch)
         wanted = batch.targets != IGNORED
-        logits = self.llava.lm_head(language.norm(x[wanted]))
+        logits = self.llava.lm_head(self.llava.model.language_model.norm(states[-1][wanted]))
         targets, letters = batch.targets[wanted], batch.letters[wanted]
         weight = 1 + (LETTER_WEIGHT - 1) * letters.float()
         loss = (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
@@ -221,9 +230,18 @@ class Trainee(nn.Module):
         return loss, shown
 
 
-def rate(progress: float, step: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant until half of the way, then down to nothing."""
-    return peak * min(1.0, (step + 1) / 100, max(0.0, (1 - progress) / 0.5))
+def make_optimisers(model: Trainee, lr: float) -> Optimisers:
+    """Muon for the Llama's matrices, AdamW for all else, each with its peak rate."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if ".layers." in name and p.dim() == 2]
+    others = [p for name, p in trained.items() if ".layers." not in name or p.dim() != 2]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [(muon, MUON_FACTOR * lr), (torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01), lr)]
+
+
+def rate(progress: float, step: int) -> float:
+    """Share of the peak rate: warm-up over 50 steps, constant until half of the way, then down to nothing."""
+    return min(1.0, (step + 1) / 50, max(0.0, (1 - progress) / 0.5))
 
 
 @click.command()
@@ -260,50 +278,62 @@ def main(
     model = Trainee(seed, **sizes)
     draw = partial(draw_batch, seed, words=Words(tokenizer), vectors=model.llava.config.image_seq_length)
     model.whiten(draw(10**6, 256).pictures)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    step, spent, history = _restore(out, model, optimiser) if resume else (0, 0.0, [])
-    settings = {"seed": seed, "lr": lr, "batch_size": batch_size, "of_steps": steps, "minutes": minutes, "bf16": bf16, **sizes}
+    optimisers = make_optimisers(model, lr)
+    step, spent, history = _restore(out, model, optimisers) if resume else (0, 0.0, [])
+    settings = {
+        "seed": seed,
+        "lr": lr,
+        "batch_size": batch_size,
+        "of_steps": steps,
+        "minutes": minutes,
+        "bf16": bf16,
+        **sizes,
+    }
     began = saved = time.time()
     seconds = lambda: spent + time.time() - began  # noqa: E731
     sums: dict[str, float] = {}
     while step < steps and seconds() < 60 * minutes:
-        for group in optimiser.param_groups:
-            group["lr"] = rate(max(step / steps, seconds() / 60 / minutes), step, lr)
+        share = rate(max(step / steps, seconds() / 60 / minutes), step)
+        for optimiser, peak in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = share * peak
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, shown = model(draw(step, batch_size))
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser, _ in optimisers:
+            optimiser.step()
         step += 1
         sums = {key: sums.get(key, 0.0) + value for key, value in shown.items()}
         if step % 25 == 0:
-            history.append({"step": step, "seconds": round(seconds()), **{k: round(v / 25, 4) for k, v in sums.items()}})
+            history.append(
+                {"step": step, "seconds": round(seconds()), **{k: round(v / 25, 4) for k, v in sums.items()}}
+            )
             click.echo(" ".join(f"{key} {value}" for key, value in history[-1].items()))
             sums = {}
         if time.time() - saved > CHECKPOINT_SECONDS:
-            _save(out, model, optimiser, tokenizer, settings, step, seconds(), history)
+            _save(out, model, optimisers, tokenizer, settings, step, seconds(), history)
             saved = time.time()
-    _save(out, model, optimiser, tokenizer, settings, step, seconds(), history)
+    _save(out, model, optimisers, tokenizer, settings, step, seconds(), history)
 
 
-def _save(out: Path, model: Trainee, optimiser: Any, tokenizer: Any, settings: dict[str, Any], *course: Any) -> None:
+def _save(
+    out: Path, model: Trainee, optimisers: Optimisers, tokenizer: Any, settings: dict[str, Any], *course: Any
+) -> None:
     """The repository, what `--resume` needs, and the record."""
     step, seconds, history = course
     layout.write_folder(out / "model", model.llava, tokenizer)
-    torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "course": course}, out / "state.pt")
+    states = [optimiser.state_dict() for optimiser, _ in optimisers]
+    torch.save({"model": model.state_dict(), "optimisers": states, "course": course}, out / "state.pt")
     write_json(out / "training.json", {"steps": step, "seconds": round(seconds), **settings, "history": history})
 
 
-def _restore(out: Path, model: Trainee, optimiser: Any) -> tuple[int, float, list[dict[str, Any]]]:
+def _restore(out: Path, model: Trainee, optimisers: Optimisers) -> tuple[int, float, list[dict[str, Any]]]:
     state = torch.load(out / "state.pt", weights_only=True)
     model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
+    for (optimiser, _), own in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(own)
     return state["course"]
 
 
