@@ -10,8 +10,8 @@
     timm:NAME_OR_FOLDER         image encoders without text
 
 Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes); a multimodal
-language model (`transformers:`, `mini-mllm`) those of its language model, and with @bf16 it is all in half precision. A bare name is
-never taken for a folder.
+language model (`transformers:`, `mini-mllm`) those of its language model, and with @bf16 it is all in half precision. A
+bare name is never taken for a folder.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     """Load a frozen backbone with its tokenizer and preprocessing.
 
     Args:
-        name: "mini", "mini-mllm", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random weights),
-            "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with @int8 or
-            @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
+        name: "mini", "mini-mllm", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random
+            weights), "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with
+            @int8 or @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
         device: Where it shall live.
 
     Returns:

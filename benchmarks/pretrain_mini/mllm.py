@@ -2,10 +2,11 @@
 
     python -m benchmarks.pretrain_mini.mllm --out mini_mllm
 
-Writes a LLaVA repository in fp16, `training.json` beside it, and every two minutes all of it with `state.pt`, from which
-`--resume` goes on. Several questions about a picture go through the Llama behind one copy of the picture; none of them
-sees another. Beside the answers' likelihood, linear readers that are thrown away afterwards say from inner layers which
-words and which options of a lettered choice are true and what an option's letter is, so that the choice is learnt early.
+Writes a LLaVA repository in fp16, `training.json` beside it, and every two minutes all of it with `state.pt`, from
+which `--resume` goes on. Several questions about a picture go through the Llama behind one copy of the picture; none of
+them sees another. Beside the answers' likelihood, linear readers that are thrown away afterwards say from inner layers
+which words and which options of a lettered choice are true and what an option's letter is, so that the choice is learnt
+early.
 """
 
 from __future__ import annotations
