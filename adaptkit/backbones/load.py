@@ -1,6 +1,7 @@
 """`load_backbone(name)`: one name, one frozen model, with everything that belongs to its weights.
 
     mini                        the embedded model
+    mini-mllm                   the embedded multimodal language model
     ViT-B-16/openai             open_clip's ARCHITECTURE/TAG; ARCHITECTURE/random gives seeded random weights
     hf-hub:ORG/REPO             open_clip's layout on the Hugging Face hub
     local-dir:FOLDER            the same layout in a folder
@@ -9,8 +10,8 @@
     timm:NAME_OR_FOLDER         image encoders without text
 
 Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes); a multimodal
-language model (`transformers:`) those of its language model, and with @bf16 it is all in half precision. A bare name is
-never taken for a folder.
+language model (`transformers:`, `mini-mllm`) those of its language model, and with @bf16 it is all in half precision. A
+bare name is never taken for a folder.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from adaptkit.backbones.dual_encoder import DualEncoder
     from adaptkit.backbones.transformers_clip import Weights
 
+EMBEDDED = ("mini", "mini-mllm")
 SCHEMES = ("hf-hub", "local-dir", "transformers", "timm")
 RANDOM_TAG = "random"
 _LIST_HINT = "Run 'adaptkit list backbones' to see them."
@@ -45,7 +47,7 @@ class BackboneName:
     """A backbone's name, taken apart.
 
     Args:
-        scheme: "mini", "open_clip", "hf-hub", "local-dir", "transformers" or "timm".
+        scheme: "mini", "mini-mllm", "open_clip", "hf-hub", "local-dir", "transformers" or "timm".
         identifier: What follows the scheme; for open_clip the architecture.
         tag: open_clip's weights, or "random".
     """
@@ -77,8 +79,8 @@ def parse_backbone_name(name: str) -> BackboneName:
     """
     if not isinstance(name, str) or not name.strip():
         raise BackboneError("A backbone needs a name, such as 'mini' or 'ViT-B-16/openai'. " + _LIST_HINT)
-    if name == "mini":
-        return BackboneName("mini", "mini")
+    if name in EMBEDDED:
+        return BackboneName(name, name)
     scheme, colon, rest = name.partition(":")
     if colon and scheme in SCHEMES:
         if not rest.strip():
@@ -111,9 +113,9 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     """Load a frozen backbone with its tokenizer and preprocessing.
 
     Args:
-        name: "mini", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random weights),
-            "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with @int8 or
-            @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
+        name: "mini", "mini-mllm", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random
+            weights), "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with
+            @int8 or @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
         device: Where it shall live.
 
     Returns:
@@ -134,6 +136,7 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     parsed = parse_backbone_name(plain)
     loaders: dict[str, Callable[[BackboneName], Backbone]] = {
         "mini": _load_mini,
+        "mini-mllm": partial(_load_transformers, half=half, quantised=bool(quantisation)),
         "open_clip": _load_open_clip,
         "hf-hub": _load_open_clip_repository,
         "local-dir": _load_open_clip_repository,
@@ -197,7 +200,7 @@ def _load_open_clip(name: BackboneName) -> DualEncoder:
         if os.path.isdir(str(name)):
             raise _looks_like_a_path(str(name))
         hub = f"For a model on the Hugging Face hub write 'hf-hub:{name}' or 'transformers:{name}'." if name.tag else ""
-        raise unknown_name("backbone", name.identifier, [*known, "mini"], hub or _LIST_HINT)
+        raise unknown_name("backbone", name.identifier, [*known, *EMBEDDED], hub or _LIST_HINT)
     if not name.tag:
         warnings.warn(
             f"{name.identifier!r} names no weights, so they are random: for tests and benchmarks only. Write"
@@ -290,8 +293,13 @@ def _convert_open_clip(name: str, tokenizer_name: str, make: Callable[[], Any]) 
 def _load_transformers(name: BackboneName, half: bool, quantised: bool) -> Backbone:
     from adaptkit.backbones.transformers_clip import load_transformers
 
+    identifier = name.identifier
+    if name.scheme == "mini-mllm":
+        from adaptkit.backbones.mini_mllm import model_folder
+
+        identifier = str(model_folder())
     weights: Weights = "bf16" if half else "own" if quantised else "fp32"
-    return load_transformers(f"{name}@bf16" if half else str(name), name.identifier, weights)
+    return load_transformers(f"{name}@bf16" if half else str(name), identifier, weights)
 
 
 def _load_timm(name: BackboneName) -> DualEncoder:

@@ -55,7 +55,7 @@ def one_dataset(argument: str | None, option: str | None) -> str:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
-_BACKBONES = "mini, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:…."
+_BACKBONES = "mini, mini-mllm, an open_clip name (ViT-B-16/openai), hf-hub:…, local-dir:…, transformers:… or timm:…."
 backbone_option = click.option("--backbone", default="mini", show_default=True, help=_BACKBONES)
 engine_options = apply(
     [

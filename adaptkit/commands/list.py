@@ -175,6 +175,7 @@ def _backbones(name: str | None, as_json: bool) -> None:
     import open_clip
 
     rows = [["mini", "embedded: a small CLIP trained on drawn pictures; needs no network"]]
+    rows += [["mini-mllm", "embedded: a small LLaVA on mini's picture tower, trained on drawn pictures"]]
     rows += [[f"{arch}/{tag}", "open_clip"] for arch, tag in open_clip.list_pretrained()]
     rows += [
         ["hf-hub:ORG/REPO", "open_clip's layout on the Hugging Face hub"],
