@@ -184,7 +184,8 @@ def _interrupts_noted() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         noted.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:

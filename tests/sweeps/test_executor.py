@@ -103,7 +103,12 @@ def sweeping(bench, *words: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-c", COMMAND, "sweep", "run", "suite.yaml", "--out", "out", "--jobs", "1", *words]
     with open(bench.root / "printed", "wb") as printed:
         process = subprocess.Popen(
-            command, cwd=bench.root, env=bench.environment, stdout=printed, stderr=subprocess.STDOUT
+            command,
+            cwd=bench.root,
+            env=bench.environment,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest-xdist's workers ignore Ctrl-C
         )
         try:
             yield process
