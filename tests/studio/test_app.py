@@ -333,6 +333,7 @@ def test_a_bug_of_ours_is_one_sentence_too(page, workshop, monkeypatch):
     assert "division" not in sentence
 
 
+@pytest.mark.slow
 def test_exports(page, project):
     pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed")
     state = page.post("/api/classes", json={"names": ["red", "blue"]}).json()
