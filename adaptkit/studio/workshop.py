@@ -111,9 +111,13 @@ class Workshop:
 
     def code(self) -> str:
         """The Python lines that make the same classifier."""
-        method = self.project.state.settings.method
+        state = self.project.state
+        method, held = state.settings.method, {state.images[key].label for key in state.labelled()}
+        early = (
+            "" if len(held) > 1 and held >= set(state.classes) else "# Before this, label an image of every class.\n"
+        )
         views = "" if methods.get(method).default_training is None else ', training={"views": 0}'
-        return _CODE.format(
+        return early + _CODE.format(
             folder=repr(str(self.project.folder)), method=method, backbone=self.backbone.spec.name, views=views
         )
 

@@ -14,7 +14,7 @@ from adaptkit.backbones.load import load_backbone
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.data import synthetic
-from benchmarks.pretrain_mini import mllm
+from benchmarks.pretrain_mini import mllm, stream
 from benchmarks.pretrain_mini import mllm_layout as layout
 from benchmarks.pretrain_mini import mllm_questions as asking
 
@@ -29,6 +29,12 @@ NAMES = [
     "Ġ",
     "ʼn",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fonts():
+    if not len(stream.glyph_masks()):
+        pytest.skip("no printed font is installed, so glyphs can't be drawn")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from urllib.parse import parse_qs, urlsplit
@@ -73,8 +74,8 @@ def test_killed_and_started_again_it_stands_where_it_was(tmp_path):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         first.ask("/api/state", token="wrong")
     first.ask("/api/classes", {"names": ["yellow"]})
-    while first.ask("/api/state")["progress"]:
-        pass
+    while first.ask("/api/progress")["progress"]:
+        time.sleep(0.1)
     images = first.ask("/api/state")["images"]
     assert len(images) == 6
     before = first.ask("/api/label", {"images": [images[0]["id"]], "label": None})

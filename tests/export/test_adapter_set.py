@@ -88,6 +88,20 @@ def test_each_image_to_an_adapter_of_its_own(backbone, adapters, models, counted
     assert len(answers) == 9
 
 
+def test_an_image_to_several_adapters_is_encoded_once(backbone, adapters, models, counted):
+    pixels = query(backbone, "images", 2)
+    names = ["tip-adapter", "vpt", "lora-a", "clip-adapter", "lora-a", "linear-probe"]
+    images = [1, 1, 0, 1, 1, 0]
+    answers = adapters.route(pixels, names, images)
+    assert counted == [2]
+    for name, image, answer in zip(names, images, answers, strict=True):
+        with torch.no_grad():
+            close(answer.clone(), models[name](pixels[image : image + 1])[0])
+    for wrong in ([0, 1], [0, 1, 0, 1, 0, 2], [0, 1, 0, 1, 0, -1]):
+        with pytest.raises(DataError):
+            adapters.route(pixels, names, wrong)
+
+
 def test_lora_adapters_share_one_tower(backbone, adapters):
     tower = adapters._lora._tower
     shared = {id(value) for value in backbone.image.parameters()}

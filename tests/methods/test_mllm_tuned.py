@@ -223,6 +223,15 @@ def test_the_untrained_model_is_exactly_the_base(llava, name):
     assert torch.equal(ask(make(llava, name), pixels), ask(plain, pixels))
 
 
+def test_it_learns_to_tell_classes_apart(llava):
+    """From chance to nearly all of other images, on a language model that is random and frozen."""
+    pixels, labels = query(llava, "images", 16), torch.arange(16) % len(NAMES)
+    method = make(llava)
+    assert (ask(method, pixels).argmax(dim=1) == labels).float().mean() <= 0.5
+    trained(method, epochs=20, shots=4)
+    assert (ask(method, pixels).argmax(dim=1) == labels).float().mean() >= 0.75
+
+
 def test_kinds_of_updates(llava):
     count = {kind: make(llava, kind=kind, r=4).num_trained() for kind in ("lora", "rslora", "dora")}
     # per layer: q, o 64 to 64; k, v 64 to 32; gate, up 64 to 128; down 128 to 64

@@ -165,12 +165,15 @@ def test_from_names_to_a_saved_classifier(page, project):
 
 def test_the_python_lines_make_the_same_classifier(page, project, tmp_path, monkeypatch, capsys):
     state = page.post("/api/classes", json={"names": ["red", "blue"]}).json()
+    assert page.get("/api/code").json()["code"].startswith("# Before this, label an image of every class.\nimport")
     for one in state["classes"]:
         send(page, *((f"{n}.png", png(one["name"], n)) for n in range(3)), label=one["id"])
     settled(page)
     page.post("/api/save")
     monkeypatch.chdir(tmp_path)
-    exec(compile(page.get("/api/code").json()["code"], "copied.py", "exec"), {})
+    code = page.get("/api/code").json()["code"]
+    assert code.startswith("import json")
+    exec(compile(code, "copied.py", "exec"), {})
     assert capsys.readouterr().out == "red\n"
     ours, theirs = adaptkit.load(project.folder / "adapter"), adaptkit.load(tmp_path / "my_adapter")
     images = [project.image_path(key) for key in project.state.images]
@@ -333,6 +336,7 @@ def test_a_bug_of_ours_is_one_sentence_too(page, workshop, monkeypatch):
     assert "division" not in sentence
 
 
+@pytest.mark.slow
 def test_exports(page, project):
     pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed")
     state = page.post("/api/classes", json={"names": ["red", "blue"]}).json()
