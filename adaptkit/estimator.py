@@ -738,7 +738,8 @@ class _Look:
             features = self.backbone.encode_image(pixels.to(self.backbone.device)).float().cpu()
             for key, feature in zip(batch, features, strict=True):
                 found[key] = feature
-                memo.put(key, feature)
+                if bool(torch.isfinite(feature).all()):  # what went wrong once may go well the next time
+                    memo.put(key, feature)
         return torch.stack([cast(Tensor, found[key]) for key in keys])
 
 

@@ -363,6 +363,18 @@ def test_a_changed_file_is_encoded_again(tmp_path, encoded):
     assert sum(encoded) == 13 or sum(encoded) == 12  # the new content may equal another file's, byte for byte
 
 
+def test_features_that_went_wrong_are_not_remembered():
+    images, labels = draw()
+    fitted = probe().fit(images, labels)
+    estimator.memo.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIP, "encode_image", lambda pixels: torch.full((len(pixels), DIM), torch.nan))
+        with pytest.raises(DataError, match="aren't finite"):
+            fitted.predict(images[:2])
+    assert len(estimator.memo) == 0
+    assert len(fitted.predict(images[:2])) == 2
+
+
 def test_the_memo_forgets_the_least_recently_used():
     memo = FeatureMemo(max_bytes=3 * 4 * DIM)
     for name in "abc":

@@ -23,7 +23,7 @@ from adaptkit.studio.project import Project
 from adaptkit.studio.workshop import Workshop
 from tests.studio.conftest import COLOURS, png, write_folder
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]  # with clocks of the page's own: not for every run
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _WIDE, _PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
