@@ -31,7 +31,7 @@ from adaptkit.backbones.load import load_backbone
 from adaptkit.config import to_mapping
 from adaptkit.data.descriptions import descriptions_for
 from adaptkit.data.images import IMAGE_SUFFIXES, load_rgb, rgb_from_array
-from adaptkit.data.transforms import augment, to_pixels
+from adaptkit.data.transforms import augment_as, to_pixels
 from adaptkit.errors import (
     AdaptKitWarning,
     ConfigError,
@@ -712,15 +712,7 @@ class _Look:
         if view == 0:
             return to_pixels(image, preprocessing)
         numbers = generator(self.seed, "view", str(view), pictures.digest(position))
-        how = self.settings
-        return augment(
-            image,
-            preprocessing,
-            numbers,
-            crop_scale=how.crop_scale,
-            flip=how.flip,
-            colour_jitter=how.colour_jitter,
-        )
+        return augment_as(image, preprocessing, numbers, self.settings)
 
     def _key(self, digest: str, view: int) -> tuple[str, ...]:
         how = self.settings

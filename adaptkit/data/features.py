@@ -31,7 +31,7 @@ from torch import Tensor
 from adaptkit.backbones.base import Backbone
 from adaptkit.data.feature_files import StoredSource
 from adaptkit.data.splits import Split, TorchSource
-from adaptkit.data.transforms import augment, to_pixels
+from adaptkit.data.transforms import augment_as, to_pixels
 from adaptkit.errors import AdaptKitWarning, BackboneError, ConfigError, MissingPathError, StorageError
 from adaptkit.storage import (
     cache_dir,
@@ -131,15 +131,7 @@ class _Views:
             return to_pixels(image, preprocessing)
         draw = digest_json(["view", self.settings.seed, view, self.split.ids[index]])
         numbers = torch.Generator().manual_seed(int(draw[:15], 16))  # the same on every machine
-        how = self.settings
-        return augment(
-            image,
-            preprocessing,
-            numbers,
-            crop_scale=how.crop_scale,
-            flip=how.flip,
-            colour_jitter=how.colour_jitter,
-        )
+        return augment_as(image, preprocessing, numbers, self.settings)
 
     def stack(self, indices: Sequence[int], view: int) -> Tensor:
         """Pixels [k, 3, size, size]."""

@@ -7,6 +7,7 @@ see; a test compares them with torchvision's. Pillow is called directly because 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +42,23 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     longer = int(shorter * long / short)
     size = (shorter, longer) if image.width <= image.height else (longer, shorter)
     return _normalised(_centre(_resized(image, size, resampling), side), preprocessing)
+
+
+class HowDrawn(Protocol):
+    """Settings that say how views are drawn; see `augment`."""
+
+    @property
+    def crop_scale(self) -> float: ...
+    @property
+    def flip(self) -> bool: ...
+    @property
+    def colour_jitter(self) -> float: ...
+
+
+def augment_as(image: Image.Image, preprocessing: Preprocessing, numbers: torch.Generator, how: HowDrawn) -> Tensor:
+    """`augment` with the settings of `how`."""
+    drawn = {"crop_scale": how.crop_scale, "colour_jitter": how.colour_jitter}
+    return augment(image, preprocessing, numbers, flip=how.flip, **drawn)
 
 
 def augment(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from adaptkit.evaluation.statistics import Summary, summarise
@@ -15,18 +15,33 @@ REGULARISED = ("kgcoop", "promptsrc", "mmrl", "maple")
 
 def base_to_novel_page(runs: Sequence[Scores], shots: int) -> str:
     """The page: a table for each dataset, then the two rules with where they hold."""
-    seeds = sorted({run["seed"] for run in runs})
-    lines = [
-        "<!-- written by: python -m benchmarks.embedded -->",
-        "# Prompt methods on the embedded backbone",
-        "",
-        f"Base-to-novel, {shots} shots, seeds {', '.join(map(str, seeds))}: mean ± sample standard deviation of the"
-        " accuracy in percent; H is the harmonic mean of the mean base and the mean novel accuracy.",
-        "The backbone and the drawn datasets are adaptkit's own: nothing here compares with published figures.",
-    ]
+    said = (
+        f"Base-to-novel, {shots} shots, {_seeds(runs)}: mean ± sample standard deviation of the accuracy in percent; H"
+        " is the harmonic mean of the mean base and the mean novel accuracy."
+    )
+    ending = ["## What should hold", "", *_rules(runs)]
+    return _page("python -m benchmarks.embedded", "Prompt methods", said, runs, _dataset_table, ending)
+
+
+def _seeds(runs: Sequence[Scores]) -> str:
+    return f"seeds {', '.join(map(str, sorted({run['seed'] for run in runs})))}"
+
+
+def _page(
+    command: str,
+    title: str,
+    said: str,
+    runs: Sequence[Scores],
+    table: Callable[[Sequence[Scores]], Iterator[str]],
+    ending: Sequence[str],
+) -> str:
+    lines = [f"<!-- written by: {command} -->", f"# {title} on the embedded backbone", "", said]
+    lines.append(
+        "The backbone and the drawn datasets are adaptkit's own: nothing here compares with published figures."
+    )
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
-        lines += ["", f"## {dataset}", "", *_dataset_table([run for run in runs if run["dataset"] == dataset])]
-    return "\n".join([*lines, "", "## What should hold", "", *_rules(runs), ""])
+        lines += ["", f"## {dataset}", "", *table([run for run in runs if run["dataset"] == dataset])]
+    return "\n".join([*lines, "", *ending, ""])
 
 
 def _summary(runs: Sequence[Scores], method: str, what: str) -> Summary:
@@ -75,18 +90,13 @@ def _loss(runs: Sequence[Scores], method: str) -> float:
 
 def few_shot_page(runs: Sequence[Scores]) -> str:
     """The page: a table of methods by shots for each dataset, then which trained methods don't reach zero-shot."""
-    seeds = sorted({run["seed"] for run in runs})
-    lines = [
-        "<!-- written by: python -m benchmarks.embedded --protocol few-shot -->",
-        "# Adapters, caches, LoRA, descriptions and transduction on the embedded backbone",
-        "",
-        f"Few-shot (all classes), seeds {', '.join(map(str, seeds))}: mean ± sample standard deviation of the test"
-        " accuracy in percent. Gain is over zero-shot at the most shots; seconds are of one such run.",
-        "The backbone and the drawn datasets are adaptkit's own: nothing here compares with published figures.",
-    ]
-    for dataset in dict.fromkeys(run["dataset"] for run in runs):
-        lines += ["", f"## {dataset}", "", *_few_shot_table([run for run in runs if run["dataset"] == dataset])]
-    return "\n".join([*lines, "", "## Trained, and not above zero-shot at the most shots", "", *_not_above(runs), ""])
+    said = (
+        f"Few-shot (all classes), {_seeds(runs)}: mean ± sample standard deviation of the test accuracy in percent."
+        " Gain is over zero-shot at the most shots; seconds are of one such run."
+    )
+    ending = ["## Trained, and not above zero-shot at the most shots", "", *_not_above(runs)]
+    title = "Adapters, caches, LoRA, descriptions and transduction"
+    return _page("python -m benchmarks.embedded --protocol few-shot", title, said, runs, _few_shot_table, ending)
 
 
 def _few_shot_table(runs: Sequence[Scores]) -> Iterator[str]:
