@@ -20,6 +20,7 @@ from adaptkit.storage import write_json
 from benchmarks.speed.commands import bench_run, bench_startup
 from benchmarks.speed.extraction import bench_extraction
 from benchmarks.speed.measure import Load, ProcessFailedError, Row, Scope, machine_facts
+from benchmarks.speed.mllm import bench_scoring, bench_steps
 from benchmarks.speed.table import HEADER, line
 from benchmarks.speed.training import SUBJECTS, bench_prompts
 
@@ -32,8 +33,10 @@ BENCHMARKS: dict[str, Callable[[Load, Scope], Iterator[Row]]] = {
     "extraction": bench_extraction,
     "startup": bench_startup,
     "run": bench_run,
+    "mllm-score": bench_scoring,
+    "mllm-lora": bench_steps,
 }
-GROUPS = {"prompts": tuple(SUBJECTS)}
+GROUPS = {"prompts": tuple(SUBJECTS), "mllm": ("mllm-score", "mllm-lora")}
 
 
 def run_benchmarks(

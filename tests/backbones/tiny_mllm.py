@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -300,7 +302,9 @@ def parts(kind: str) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1)
 def _folder() -> Path:
-    return Path(mkdtemp(prefix="tiny-mllm-"))
+    folder = Path(mkdtemp(prefix="tiny-mllm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def save(kind: str, folder: Path | None = None, *, template: str | None = None) -> Path:
