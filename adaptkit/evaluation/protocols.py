@@ -519,7 +519,8 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
     learned = bool(method.context_vectors()) and not method.uses_fallback
-    answers = method.answer_facts()
+    labels = [part.columns[label] if part.columns else int(label) for label in part.split.labels]
+    answers = {**method.judged_facts(labels), **method.answer_facts()}
     return PartResult(
         part.name,
         metrics.num_classes,

@@ -32,6 +32,7 @@ KINDS = {
 }  # fmt: skip
 WHY_NOT = {
     "cocoop": "every image shifts its text prompts",
+    "dive-k": "the language model reads every image",
     "em-dirichlet": "depends on the images it is asked about with it",
     "fed-mp": "depends on the images it is asked about with it",
     "mllm-bitfit": "the language model reads every image",
@@ -42,6 +43,7 @@ WHY_NOT = {
     "mllm-zero-shot": "the language model reads every image",
     "transclip": "depends on the images it is asked about with it",
     "unem": "depends on the images it is asked about with it",
+    "virft": "the language model reads every image",
     "vladva": "the language model reads every image",
 }
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
+from adaptkit.backbones.mllm.model import Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, DataError
@@ -226,11 +227,15 @@ class MllmZeroShot(AskingMethod):
         nodes = self.mllm.node_scores(self.asked(features), trie)
         return constrained_beams(nodes, trie, self.config.beams).clamp(min=NOT_FOUND)
 
+    def asked_freely(self, features: ImageFeatures) -> Prefix:
+        """The question about each image that is answered freely."""
+        return self.asked(features)
+
     def _free(self, features: ImageFeatures) -> Tensor:
         """0 for the class that the answer names and `NOT_FOUND` for the others; all NaN where it names none."""
         matcher = Matcher(self.class_names, self.config.aliases, lenient=self.config.lenient)
         logits = torch.full((len(features), len(self.class_names)), NOT_FOUND, device=self.backbone.device)
-        answers = self.mllm.generate(self.asked(features), self.config.max_tokens)
+        answers = self.mllm.generate(self.asked_freely(features), self.config.max_tokens)
         for row, ids in enumerate(answers):
             text = self.mllm.prompter.text(ids)
             index, step = (found := matcher.match(text)).index, found.step
