@@ -31,6 +31,7 @@ from adaptkit.methods.base import GradientMethod, progress_of
 from adaptkit.methods.lora._towers import shared_copy, state_name
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import Normalisation, normalised
+from adaptkit.methods.mllm._sharding import spread_layers
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.types import FitTask, Inputs, Reads, TrainingLoop, TrainingSettings
 
@@ -271,11 +272,14 @@ class TwinMethod(GradientMethod):
     def look(self, loop: TrainingLoop | None) -> None:
         """Look at the training images (`_numbered`) before the first step."""
 
-    def backward(self, terms: Any, scale: Callable[[Tensor], Tensor]) -> None:
-        super().backward(terms, scale)
+    def before_step(self, scale: Callable[[Tensor], Tensor]) -> None:
         if self.config.clip:
             unit = float(scale(torch.ones((), device=self.backbone.device)))
             nn.utils.clip_grad_norm_(self.trainables(), self.config.clip * unit)
+
+    def spread(self, device: str) -> None:
+        frozen = cast(MLLM, self.backbone)
+        spread_layers(self.mllm, frozen, self.trainables(), device)
 
     def training_features(self, inputs: Tensor) -> ImageFeatures:
         if inputs.dim() > 1 or self._numbered is None:
@@ -291,8 +295,10 @@ class TunedMllm(TwinMethod, MllmZeroShot):
     """
 
     config: Any
+    shares_batches: ClassVar[bool] = True
 
     def build(self) -> None:
+        self._supervised = 0  # tokens or images of the last batch
         self._confused: Tensor | None = None
         super().build()
 
@@ -364,13 +370,14 @@ class TunedMllm(TwinMethod, MllmZeroShot):
         """
         size = self.config.micro_batch or len(labels)
         chunks = torch.arange(len(labels), device=labels.device).split(size)
+        self._supervised = len(labels)
         if self.config.variant == "softmax":
             loss = summed(
                 lambda rows: self._softmax_loss(inputs[rows], labels[rows], len(labels)), chunks, self.trainables()
             )
             return {"candidates": loss}
         texts, answers = self._questions(inputs, labels)
-        tokens = sum(map(len, answers))
+        self._supervised = tokens = sum(map(len, answers))
 
         def part(rows: Tensor) -> Tensor:
             picked = rows.tolist()
@@ -378,6 +385,9 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             return self.answer_loss([texts[i] for i in picked], [answers[i] for i in picked], features) / tokens
 
         return {"answer": summed(part, chunks, self.trainables())}
+
+    def share_weight(self, labels: Tensor) -> float:
+        return float(self._supervised)
 
     def _others(self, inputs: Tensor, labels: Tensor) -> list[list[int]]:
         """For each image the classes beside its own that it is compared with."""
