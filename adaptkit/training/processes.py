@@ -62,13 +62,17 @@ class Processes:
         Raises:
             TrainingError: They aren't as many as there are items.
         """
-        found: Tensor = import_module("accelerate.utils").gather(rows.contiguous())
-        parts, longest = found.split(len(rows)), -(-count // self.count)
+        parts = self.rows_of_all(rows).split(len(rows))
         lengths = [len(part) for part in torch.tensor_split(torch.arange(count), self.count)]
         whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-        if len(rows) != longest or len(whole) != count:
+        if len(whole) != count:
             raise TrainingError(f"{count} images were to be answered by {self.count} processes, and {len(whole)} were.")
         return whole
+
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, as many of each, in the order of the ranks."""
+        found: Tensor = import_module("accelerate.utils").gather(rows.contiguous())
+        return found
 
     def gathered(self, value: Any) -> list[Any]:
         """A value of every process, by rank."""
