@@ -91,6 +91,14 @@ log_options = apply(
         ),
     ]
 )
+checkpoint_option = click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    help="Minutes of training after which a checkpoint is written, from which the same command goes on after a crash"
+    " (beside --out, until the result is there); 0 writes none.",
+)
 data_root_option = click.option(
     "--data-root",
     type=click.Path(file_okay=False),

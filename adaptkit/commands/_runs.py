@@ -12,9 +12,15 @@ from adaptkit.commands import _console as console
 from adaptkit.errors import StorageError
 
 if TYPE_CHECKING:
+    from adaptkit.backbones.base import Backbone
     from adaptkit.commands._options import TaskOptions
+    from adaptkit.data.features import FeatureStore
+    from adaptkit.evaluation.protocols import RunOutcome, RunPlan
     from adaptkit.evaluation.results import RunResult
     from adaptkit.evaluation.tracking import Trackers
+    from adaptkit.training.checkpoints import Checkpoints
+    from adaptkit.training.processes import Processes
+    from adaptkit.types import ProgressCallback
 
 
 _SOON, _AT_LAST = 2.0, 120.0  # seconds that trackers get to write what is left
@@ -50,6 +56,46 @@ def check_writable(folder: Path, option: str = "--out") -> None:
         raise StorageError(f"{folder} can't be written: {parent} is a file, not a folder. Choose another {option}.")
     if not os.access(parent, os.W_OK):
         raise StorageError(f"{folder} can't be written: permission is denied in {parent}. Choose another {option}.")
+
+
+def checkpoints_of(
+    plan: RunPlan, folder: Path, minutes: float, overwrite: bool, processes: Processes | None = None
+) -> Checkpoints | None:
+    """Where the training of a run whose result goes to `folder` keeps its checkpoints: beside it.
+
+    Raises:
+        StorageError: The training of another run is there, and isn't to be overwritten.
+    """
+    from adaptkit.training.checkpoints import Checkpoints
+
+    if not minutes:
+        return None
+    place = folder.with_name(f"{folder.name}.unfinished")
+    count = 1 if processes is None else processes.count
+    return Checkpoints(place, plan.key.digest, 60 * minutes, replace=overwrite, processes=count)
+
+
+def do(
+    plan: RunPlan,
+    model: Backbone,
+    options: TaskOptions,
+    store: FeatureStore,
+    progress: ProgressCallback,
+    trackers: Trackers,
+    kept: Checkpoints | None,
+) -> RunOutcome:
+    """Do a run as the options say."""
+    from adaptkit.evaluation.protocols import run_method
+
+    return run_method(
+        plan,
+        model,
+        store=store,
+        batch_size=options.batch_size,
+        progress=progress,
+        on_epoch=trackers.epoch,
+        checkpoints=kept,
+    )
 
 
 @contextmanager

@@ -56,6 +56,7 @@ BEST = "best"
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
 @click.option("--overwrite", is_flag=True, help="Replace runs that are in --out.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report of it: one page.")
+@_options.checkpoint_option
 @_options.log_options
 @_options.json_option
 def command(
@@ -65,6 +66,7 @@ def command(
     out: Path | None,
     overwrite: bool,
     html: Path | None,
+    checkpoint_minutes: float,
     log: tuple[str, ...],
     log_dir: Path | None,
     as_json: bool,
@@ -90,7 +92,7 @@ def command(
 
     logs = log_dir or target / "logs"
     with _runs.tracking(log, logs) as trackers, console.progress_bars(not as_json) as progress:
-        results = run_all(options, names, overrides, target, overwrite, progress, trackers)
+        results = run_all(options, names, overrides, target, overwrite, progress, trackers, checkpoint_minutes)
         if html:
             write_page(html, target, results, progress)
     ranked = rank(results)
@@ -122,10 +124,11 @@ def run_all(
     overwrite: bool,
     progress: ProgressCallback,
     trackers: Trackers,
+    checkpoint_minutes: float = 0.0,
 ) -> list[RunResult]:
     """Run what isn't done yet; everything is checked before the first method runs."""
     from adaptkit.data.features import FeatureStore
-    from adaptkit.evaluation.protocols import plan_run, run_method
+    from adaptkit.evaluation.protocols import plan_run
     from adaptkit.evaluation.recipes import share_overrides
     from adaptkit.evaluation.results import is_done, read_run, write_run
     from adaptkit.evaluation.stored import backbone_for
@@ -151,12 +154,13 @@ def run_all(
         if not overwrite and is_done(folder, plan.key):
             results.append(read_run(folder))
             continue
+        kept = _runs.checkpoints_of(plan, folder, checkpoint_minutes, overwrite)
         trackers.begin(plan)
-        outcome = run_method(
-            plan, model, store=store, batch_size=options.batch_size, progress=progress, on_epoch=trackers.epoch
-        )
+        outcome = _runs.do(plan, model, options, store, progress, trackers, kept)
         trackers.end(outcome.result)
         write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
+        if kept is not None:
+            kept.clear()
         results.append(outcome.result)
         if outcome.result.fit.get("interrupted"):  # Ctrl-C means to stop, not to go on with the next method
             break

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any
+import os
+from typing import IO, Any
 
 import click
 
@@ -38,6 +39,10 @@ class BadInput(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance as well
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first speaks
+            super().show(file)
 
 
 class LazyGroup(click.Group):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
+from adaptkit.backbones.load import EMBEDDED
 from adaptkit.backbones.stored import StoredBackbone
 from adaptkit.config import to_mapping
 from adaptkit.data.features import FeatureStore, Precision, ViewSettings, feature_inputs_fresh, pixels_inputs
@@ -36,7 +37,9 @@ from adaptkit.methods import methods
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method, check_novel
 from adaptkit.storage import digest_json
+from adaptkit.training.checkpoints import Checkpoints
 from adaptkit.training.loop import fit_method
+from adaptkit.training.processes import current
 from adaptkit.types import EpochCallback, FitTask, Inputs, ProgressCallback, TrainingSettings
 
 _TEST_BATCH = 256
@@ -46,7 +49,7 @@ _TEST_BATCH = 256
 
 
 def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | None = None) -> Recipe | None:
-    """The recipe of a run: the one named, else "quick" for the embedded backbone and the paper's for any other.
+    """The recipe of a run: the one named, else "quick" for an embedded backbone and the paper's for any other.
 
     Where a method has none for a protocol with targets, that of a protocol that trains alike serves (`STAND_INS`).
 
@@ -58,7 +61,8 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
         return None
     protocols = (protocol, *STAND_INS.get(protocol, ()))
     if name is None:
-        variants = ("quick", "") if backbone.spec.family == "mini" else ("",)
+        embedded = backbone.spec.family == "mini" or backbone.spec.name.partition("@")[0] in EMBEDDED
+        variants = ("quick", "") if embedded else ("",)
         found = (find_recipe(method, one, variant) for variant in variants for one in protocols)
         return next((recipe for recipe in found if recipe is not None), None)
     if "/" in name or name.endswith((".yaml", ".yml")):
@@ -250,6 +254,7 @@ def run_method(
     batch_size: int = 64,
     progress: ProgressCallback | None = None,
     on_epoch: EpochCallback | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> RunOutcome:
     """Fit a method on a task and test it.
 
@@ -262,8 +267,10 @@ def run_method(
         batch_size: Images encoded at once.
         progress: Called as (what, done, total).
         on_epoch: Called after every epoch of a method trained by gradients.
+        checkpoints: Where its training keeps checkpoints, and goes on from; `Checkpoints.clear` them once the result
+            is written.
     """
-    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch)
+    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch, checkpoints)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AdaptKitWarning)
         method = run.fit()
@@ -285,9 +292,11 @@ class _Run:
         batch_size: int,
         progress: ProgressCallback | None,
         on_epoch: EpochCallback | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.plan, self.backbone, self.store = plan, backbone, store
         self.batch_size, self.progress, self.on_epoch = batch_size, progress, on_epoch
+        self.checkpoints, self.processes = checkpoints, current()
         self.precision: Precision = plan.key.settings["precision"]
         self.seconds: dict[str, float] = {}
         self.encoded_before = store.encoded
@@ -312,6 +321,8 @@ class _Run:
             method.set_classes(part.asked, part.other)
         novel = [name for part in task.parts if part.other is None for name in part.asked]
         check_leaks(method.training_texts(), [name for name in novel if name not in task.class_names], task.class_names)
+        if self.processes.sharded:
+            method.spread(self.processes.device)
         began = time.perf_counter()
         train = self._inputs(method, task.train, resolved.training)
         val = None if task.val is None else self._inputs(method, task.val, TrainingSettings(views=0))
@@ -319,7 +330,8 @@ class _Run:
         self._timed("features", began)
         began = time.perf_counter()
         fit_task = FitTask(task.class_names, train, val, task.seed, frozen)
-        self.report = fit_method(method, fit_task, resolved.training, self.progress, self.on_epoch)
+        settings = resolved.training
+        self.report = fit_method(method, fit_task, settings, self.progress, self.on_epoch, self.checkpoints)
         self._timed("fit", began)
         return method
 
@@ -379,7 +391,7 @@ class _Run:
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
         confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
         predicted = np.where(answered, logits.argmax(axis=1), -1)
-        result = _part_result(part, metrics, method)
+        result = _part_result(part, metrics, method, self._answered_together(method))
         method.set_classes(method.fitted_names)
         return result, Predictions(part.name, part.positions, labels, predicted, confidence)
 
@@ -399,16 +411,28 @@ class _Run:
             self._timed("features", began)
             began = time.perf_counter()
         order = torch.arange(len(split))
-        if method.transductive and size < len(split):
+        together = self._answered_together(method)
+        if together:  # each process its share
+            order = self.processes.padded_share(order)
+        elif method.transductive and size < len(split):
             # many datasets list their images class by class, and batches in that order would give the labels away
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(self.plan.task.seed))
         for done, indices in enumerate(torch.split(order, size)):
             if self.progress is not None and method.reads == "images":
-                self.progress(f"{method.name}: testing", done * size, len(split))
+                self.progress(f"{method.name}: testing", done * size, len(order))
             rows.append(method(inputs.select(indices).to(self.backbone.device)).float().cpu())
         self._timed("evaluate", began)
         logits = torch.cat(rows)
+        if together:
+            return self.processes.joined(logits.to(self.processes.device), len(split)).cpu().numpy()
+        if len(logits) != len(split):
+            raise DataError(f"{method.name} answered {len(logits)} images of {len(split)}.")
         return torch.empty_like(logits).index_copy_(0, order, logits).numpy()
+
+    def _answered_together(self, method: Method) -> bool:
+        """Whether the processes share the test images; not where they would wait for each other in spread layers."""
+        waits = self.processes.sharded and getattr(method.config, "route", "") == "open"  # answers of any length
+        return self.processes.count > 1 and not method.transductive and not waits
 
     # --- the record ---------------------------------------------------------------------------------------------------
 
@@ -481,6 +505,8 @@ class _Run:
             cautions.append(f"settings were chosen on: {tuned_on}")
         if self.report.get("interrupted"):
             cautions.append(f"training was interrupted after {self.report.get('epochs')} epochs")
+        if "resumed_at" in self.report:
+            cautions.append(f"training was gone on with after step {self.report['resumed_at']}, from a checkpoint")
         if self.report.get("why_not_searched"):
             cautions.append(f"settings weren't searched: {self.report['why_not_searched']}")
         return cautions
@@ -517,10 +543,11 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return logits, answered
 
 
-def _part_result(part: TestPart, metrics: Metrics, method: Method) -> PartResult:
+def _part_result(part: TestPart, metrics: Metrics, method: Method, shared: bool) -> PartResult:
     learned = bool(method.context_vectors()) and not method.uses_fallback
     labels = [part.columns[label] if part.columns else int(label) for label in part.split.labels]
-    answers = {**method.judged_facts(labels), **method.answer_facts()}
+    # of several processes, each saw only its share
+    answers = {} if shared else {**method.judged_facts(labels), **method.answer_facts()}
     return PartResult(
         part.name,
         metrics.num_classes,

@@ -226,6 +226,17 @@ class Method(nn.Module):
         """Texts that training shows a language model, as it reads them: none may name a novel class."""
         return []
 
+    def spread(self, device: str) -> None:
+        """Spread frozen layers over the processes that train together, and move the rest to this one's device.
+
+        Raises:
+            UnsupportedError: It has none to spread.
+        """
+        raise UnsupportedError(
+            f"{self.name} trains no multimodal language model whose layers could be spread over processes: start it"
+            " without FSDP."
+        )
+
     def write_extras(self, folder: Path) -> None:
         """Write what other libraries read into an adapter's folder, when it is saved. Most methods have nothing."""
 
@@ -607,6 +618,7 @@ class GradientMethod(Method):
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
     wants_frozen: bool = False
+    shares_batches: ClassVar[bool] = False
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""
@@ -642,8 +654,26 @@ class GradientMethod(Method):
         """
         torch.autograd.backward(scale(total_loss(terms)))
 
+    def share_weight(self, labels: Tensor) -> float:
+        """How much the batch of the last `losses` counts beside other shares of a larger one: here its images."""
+        return float(len(labels))
+
+    def before_step(self, scale: Callable[[Tensor], Tensor]) -> None:
+        """Called when the whole batch's gradients are there, before the optimiser's step.
+
+        Args:
+            scale: As for `backward`.
+        """
+
     def after_epoch(self, epoch: int, epochs: int) -> None:
         """Called when epoch `epoch` (from 0) of `epochs` is done, after its last step."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training goes on from beside parameters and buffers, for a checkpoint; most methods have nothing."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state`, after `prepare`."""
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         """Choose what is chosen after training (on validation data); facts for the result."""

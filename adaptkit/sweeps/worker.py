@@ -31,6 +31,7 @@ from adaptkit.sweeps.backbones import KeptBackbone
 from adaptkit.sweeps.claims import CLAIMS, GROUP, JOBS, Claim
 from adaptkit.sweeps.plan import FAILURES, Failure, finished, in_words, place_of, plan_of
 from adaptkit.sweeps.suite import RunSpec
+from adaptkit.training.checkpoints import Checkpoints
 from adaptkit.types import TensorInputs
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from adaptkit.backbones.base import Backbone
     from adaptkit.evaluation.protocols import RunOutcome, RunPlan
     from adaptkit.evaluation.tasks import Task
+
+UNFINISHED = "unfinished"
+"""Folder of checkpoints of trainings under way; one whose worker died goes on from them."""
 
 DATASETS_KEPT = 2
 TASKS_KEPT = 2
@@ -222,8 +226,11 @@ class Worker:
         try:
             task = self._task(job.spec.task)
             backbone = self.backbones.get(job.spec.backbone, task.dataset)
-            outcome = self._run(self._plan(job, task, backbone), backbone)
+            plan = self._plan(job, task, backbone)
+            kept = Checkpoints(self.out / UNFINISHED / job.digest, job.digest)
+            outcome = self._run(plan, backbone, kept)
             self._write(job, outcome)
+            kept.clear()
         except Exception as error:
             return self._failed(job, error)
         result = outcome.result
@@ -237,10 +244,10 @@ class Worker:
             )
         return plan
 
-    def _run(self, plan: RunPlan, backbone: Backbone) -> RunOutcome:
+    def _run(self, plan: RunPlan, backbone: Backbone, kept: Checkpoints) -> RunOutcome:
         from adaptkit.evaluation.protocols import run_method
 
-        outcome = run_method(plan, backbone, store=self.store, batch_size=self.settings.batch_size)
+        outcome = run_method(plan, backbone, store=self.store, batch_size=self.settings.batch_size, checkpoints=kept)
         if outcome.result.fit.get("interrupted"):
             raise KeyboardInterrupt
         return outcome

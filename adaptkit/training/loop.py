@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.base import Backbone
-from adaptkit.errors import ConfigError, DataError, TrainingError
+from adaptkit.errors import ConfigError, DataError, TrainingError, UnsupportedError
 from adaptkit.methods.base import GradientMethod, Method, ParameterGroup, require_finite, total_loss
+from adaptkit.training.checkpoints import (
+    SCHEMA,
+    Checkpoints,
+    Facts,
+    Saved,
+    load_optimiser,
+    optimiser_tensors,
+    random_states,
+    set_random_states,
+)
+from adaptkit.training.processes import current, sum_step
 from adaptkit.training.schedule import SCHEDULES, learning_rate
 from adaptkit.training.seeding import generator, seeded
 from adaptkit.types import EpochCallback, FitTask, Inputs, ProgressCallback, TensorInputs, TrainingSettings
@@ -34,6 +45,7 @@ def fit_method(
     settings: TrainingSettings | None = None,
     progress: ProgressCallback | None = None,
     on_epoch: EpochCallback | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Fit any method on a task, in place; returns the facts of the fit. Inputs that aren't finite are refused here.
 
@@ -43,6 +55,7 @@ def fit_method(
         settings: Of the gradient loop; None for the method's own defaults. Methods without gradients ignore them.
         progress: Called as training goes on.
         on_epoch: Called after every epoch of the gradient loop.
+        checkpoints: Where the gradient loop keeps checkpoints, and goes on from; None for none.
     """
     if method.fitted_names != tuple(task.class_names):
         raise DataError(f"{method.name} was made for other classes than the task's: make it with the task's names.")
@@ -51,7 +64,8 @@ def fit_method(
             for values in inputs.values:
                 require_finite(values, what)
     method.set_classes(method.fitted_names)
-    return method.fit(task, GradientLoop(settings or method.default_training or TrainingSettings(), progress, on_epoch))
+    settings = settings or method.default_training or TrainingSettings()
+    return method.fit(task, GradientLoop(settings, progress, on_epoch, checkpoints))
 
 
 class GradientLoop:
@@ -61,6 +75,7 @@ class GradientLoop:
         settings: Epochs, batches, optimiser, schedule, precision.
         progress: Called as (what, steps done, steps in all), a few times a second.
         on_epoch: Called after every epoch, with its numbers.
+        checkpoints: Where checkpoints are kept, and gone on from; None for none.
     """
 
     def __init__(
@@ -68,14 +83,15 @@ class GradientLoop:
         settings: TrainingSettings | None = None,
         progress: ProgressCallback | None = None,
         on_epoch: EpochCallback | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.settings = settings or TrainingSettings()
-        self.progress, self.on_epoch = progress, on_epoch
+        self.progress, self.on_epoch, self.checkpoints = progress, on_epoch, checkpoints
         check_settings(self.settings)
 
     def with_settings(self, settings: TrainingSettings) -> GradientLoop:
         """The same loop under other settings."""
-        return GradientLoop(settings, self.progress, self.on_epoch)
+        return GradientLoop(settings, self.progress, self.on_epoch, self.checkpoints)
 
     def __call__(self, method: GradientMethod, task: FitTask) -> dict[str, Any]:
         """Train `method` on `task` in place.
@@ -85,20 +101,23 @@ class GradientLoop:
         Returns:
             `epochs` and `steps` done, `interrupted`, `seconds`, `trained_parameters`, `batch_size`, `views`,
             `precision`, `skipped_steps` (whose gradients overflowed in fp16); per epoch `losses`, `accuracies`
-            (fractions; None where the loss shows no logits) and `learning_rates`; `loss_terms` of the last epoch.
+            (fractions; None where the loss shows no logits) and `learning_rates`; `loss_terms` of the last epoch;
+            `resumed_at`, the step after which a checkpoint was gone on from, where one was.
 
         Raises:
             DataError: No training images, or labels outside the classes.
             TrainingError: The loss isn't finite, there is nothing to train, or the backbone was changed.
+            UnsupportedError: Several processes train together, and the method can't share batches.
         """
         _check_task(task)
-        run = _Run(method, task, self.settings, self.progress, self.on_epoch)
+        run = _Run(method, task, self.settings, self.progress, self.on_epoch, self.checkpoints)
         watch = _FrozenWatch(method.backbone)
         started = time.perf_counter()
         interrupted = False
         method.train()
         try:
-            with seeded(task.seed, method.name, "training", device=run.device):
+            own = [f"process {run.processes.rank}"] * (not run.processes.main)  # each draws its own dropout
+            with seeded(task.seed, method.name, "training", *own, device=run.device):
                 run.train()
         except KeyboardInterrupt:
             interrupted = True
@@ -107,7 +126,11 @@ class GradientLoop:
             for parameter in run.parameters:
                 parameter.grad = None
         watch.check(method.name)
-        return {**run.report(), "interrupted": interrupted, "seconds": time.perf_counter() - started}
+        return {
+            **run.report(),
+            "interrupted": interrupted,
+            "seconds": run.seconds_before + time.perf_counter() - started,
+        }
 
 
 def check_settings(settings: TrainingSettings) -> None:
@@ -216,12 +239,11 @@ class _Tally:
     terms: dict[str, Tensor] = field(default_factory=dict)
     correct: Tensor | None = None
 
-    def add(self, terms: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
-        self.images += len(labels)
+    def add(self, terms: dict[str, Tensor], correct: Tensor | None, images: int) -> None:
+        self.images += images
         for name, term in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + term.detach() * len(labels)
-        if logits is not None and logits.shape[0] == len(labels):
-            correct = (logits.detach().argmax(dim=-1) == labels).sum()
+            self.terms[name] = self.terms.get(name, 0.0) + term.detach() * images
+        if correct is not None:
             self.correct = correct if self.correct is None else self.correct + correct
 
     def means(self) -> dict[str, float]:
@@ -241,7 +263,14 @@ class _Run:
         settings: TrainingSettings,
         progress: ProgressCallback | None,
         on_epoch: EpochCallback | None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        self.checkpoints, self.processes = checkpoints, current()
+        if self.processes.count > 1 and not method.shares_batches:
+            raise UnsupportedError(
+                f"{method.name} can't share a batch among {self.processes.count} processes: start it in one. The mllm-"
+                " methods that train can."
+            )
         self.method, self.inputs, self.progress, self.on_epoch = method, task.train, progress, on_epoch
         self.frozen = task.frozen if method.wants_frozen else None
         self.device = method.backbone.device
@@ -268,13 +297,23 @@ class _Run:
         self.last_terms: dict[str, float] = {}
         self._last_shown = -math.inf
         self._logits: Tensor | None = None
+        self.seconds_before, self._began = 0.0, time.perf_counter()
+        self.resumed_at: int | None = None
+        self._loop, self._said_due = 0, False
 
     def train(self) -> None:
         """All epochs; what is done stays counted if it is interrupted."""
         hook = self.method.register_forward_hook(self._keep_logits)
+        epoch, done, tally = 0, 0, _Tally()
         try:
-            for epoch in range(self.settings.epochs):
-                self._epoch(epoch)
+            if self.checkpoints is not None:
+                self._loop, saved = self.checkpoints.begin()
+                self._check_together(0 if saved is None else saved.facts.steps)
+                if saved is not None:
+                    epoch, done, tally = self._restore(saved)
+            while epoch < self.settings.epochs:
+                self._epoch(epoch, done, tally)
+                epoch, done, tally = epoch + 1, 0, _Tally()
         finally:
             hook.remove()
 
@@ -283,24 +322,24 @@ class _Run:
         if self._logits is None and isinstance(output, Tensor) and output.dim() == 2:
             self._logits = output
 
-    def _epoch(self, epoch: int) -> None:
+    def _epoch(self, epoch: int, done: int, tally: _Tally) -> None:
+        """Train an epoch, of which `done` steps were done before a restart and are in the tally."""
+        self._drawn_from = (self.batch_numbers.get_state(), self.view_numbers.get_state())
         views = epoch_views(self.inputs, epoch, self.settings.fresh_views, self.view_numbers)
         batches = epoch_batches(
             len(views), self.settings.batch_size, self.batch_numbers, keep_last=self.settings.keep_last
-        )[: self.total_steps - self.steps]
-        tally, rate = _Tally(), 0.0
+        )[: self.total_steps - self.steps + done]
+        rate = 0.0
         for step, indices in enumerate(batches):
+            if step < done:
+                continue
             rate = learning_rate(self.settings, epoch, step, self.steps_per_epoch, self.total_steps)
-            inputs = select_views(self.inputs, indices, views[indices]).to(self.device)
-            labels = self.labels[indices.to(self.device)]
-            given = {}
-            if self.frozen is not None:
-                given["frozen"] = select_views(self.frozen, indices, views[indices]).to(self.device)
-            self._logits = None
-            terms = self._step(inputs, labels, rate, epoch, given)
-            tally.add(terms, self._logits, labels)
+            terms, correct = self._step(indices, views, rate, epoch)
+            tally.add(terms, correct, len(indices))
             self.steps += 1
             self._show(tally, epoch, rate, done=step == len(batches) - 1)
+            if self.checkpoints is not None and step < len(batches) - 1 and self._due():
+                self._save(self.checkpoints, epoch, step + 1, tally)
         self.last_terms = tally.means()
         loss, accuracy = sum(self.last_terms.values()), tally.accuracy()
         self.history.append((loss, accuracy, rate))
@@ -312,28 +351,72 @@ class _Run:
                 numbers |= {f"loss/{name}": share for name, share in self.last_terms.items()}
             self.on_epoch(self.method.name, numbers)
         self.method.after_epoch(epoch, self.settings.epochs)
+        if self.checkpoints is not None and epoch < self.settings.epochs - 1 and self._due():
+            self._drawn_from = (self.batch_numbers.get_state(), self.view_numbers.get_state())
+            self._save(self.checkpoints, epoch + 1, 0, _Tally())
 
-    def _step(
-        self, inputs: Tensor, labels: Tensor, rate: float, epoch: int, given: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _step(self, indices: Tensor, views: Tensor, rate: float, epoch: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """One step on a batch; its loss terms, and how many of its images were answered right, where that is known."""
         for group, share in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = share * rate
         self.optimiser.zero_grad(set_to_none=True)
+        self._logits = None
+        if self.processes.count == 1:
+            terms, labels = self._losses(indices, views)
+            self._check_loss(total_loss(terms), rate, epoch)  # before the step: the method keeps its last good values
+            self.method.backward(terms, self.scaler.scale)
+            correct = self._correct(labels)
+        else:
+            terms, correct = self._shared_step(indices, views)
+            self._check_loss(total_loss(terms), rate, epoch)
+        self.method.before_step(self.scaler.scale)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.skipped_steps += int(self.scaler.get_scale() < scale)
+        return terms, correct
+
+    def _losses(self, indices: Tensor, views: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms of some images, and their labels."""
+        inputs = select_views(self.inputs, indices, views[indices]).to(self.device)
+        labels = self.labels[indices.to(self.device)]
+        given = {}
+        if self.frozen is not None:
+            given["frozen"] = select_views(self.frozen, indices, views[indices]).to(self.device)
         with _autocast(self.device, self.settings.precision):
-            terms = self.method.losses(inputs, labels, **given)
-            loss = total_loss(terms)
-        if not bool(torch.isfinite(loss)):  # before the step: the method keeps its last good values
+            return self.method.losses(inputs, labels, **given), labels
+
+    def _shared_step(self, indices: Tensor, views: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Gradients, loss terms and right answers of a batch of which this process computes its share."""
+        own = self.processes.share(indices)
+        # a process without a share computes along: others may wait for it in the middle of a layer
+        terms, labels = self._losses(own if len(own) else indices[:1], views)
+        self.method.backward(terms, self.scaler.scale)
+        weight = self.method.share_weight(labels) if len(own) else 0.0
+        due = self.checkpoints is not None and self.checkpoints.due
+        found = sum_step(self.processes, self.parameters, terms, self._correct(labels), weight, due)
+        self._said_due = found.due
+        return found.terms, found.correct
+
+    def _due(self) -> bool:
+        """Whether a checkpoint is due; of several processes the first decides."""
+        if self.processes.count > 1:
+            return self._said_due
+        return self.checkpoints is not None and self.checkpoints.due
+
+    def _correct(self, labels: Tensor) -> Tensor | None:
+        logits = self._logits
+        if logits is None or logits.shape[0] != len(labels):
+            return None
+        return (logits.detach().argmax(dim=-1) == labels).sum()
+
+    def _check_loss(self, loss: Tensor, rate: float, epoch: int) -> None:
+        if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"{self.method.name}'s loss became {float(loss.detach())} in epoch {epoch + 1}, step {self.steps + 1},"
                 f" at learning rate {rate:.2g}: try a lower lr or precision fp32, and look for inputs that aren't"
                 " finite."
             )
-        self.method.backward(terms, self.scaler.scale)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.skipped_steps += int(self.scaler.get_scale() < scale)
-        return terms
 
     def _show(self, tally: _Tally, epoch: int, rate: float, *, done: bool) -> None:
         now = time.perf_counter()
@@ -345,9 +428,83 @@ class _Run:
         what = f"{self.method.name} epoch {epoch + 1}/{self.settings.epochs}: loss {sum(tally.means().values()):.4f}"
         self.progress(f"{what}{shown}, lr {rate:.2g}", self.steps, self.total_steps)
 
+    # --- going on after a crash ---------------------------------------------------------------------------------------
+
+    def _save(self, checkpoints: Checkpoints, epoch: int, done: int, tally: _Tally) -> None:
+        """Write a checkpoint in which `done` steps of an epoch are done."""
+        states = [random_states(self.device)]
+        if self.processes.count > 1:
+            states = self.processes.gathered(states[0])
+        if not self.processes.main:
+            return
+        tensors = {
+            f"random.{rank}.{name}": value for rank, (own, _) in enumerate(states) for name, value in own.items()
+        }
+        tensors |= {f"parameter.{place}": value for place, value in enumerate(self.parameters)}
+        tensors |= {f"buffer.{name}": value for name, value in self.method.named_buffers()}
+        tensors |= {f"method.{name}": value for name, value in self.method.training_state().items()}
+        tensors |= {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
+        tensors |= {f"term.{name}": value for name, value in tally.terms.items()}
+        tensors |= {} if tally.correct is None else {"correct": tally.correct}
+        tensors["batches"], tensors["views"] = self._drawn_from
+        tensors["generator"] = self.method.generator.get_state()
+        facts = Facts(
+            SCHEMA, checkpoints.identity, checkpoints.processes, self.method.name, self._loop, epoch, done, self.steps,
+            self.skipped_steps, tally.images, self.seconds_before + time.perf_counter() - self._began,
+            tuple(self.history), self.last_terms, self.scaler.state_dict(),
+            {str(rank): plain for rank, (_, plain) in enumerate(states)},
+        )  # fmt: skip
+        checkpoints.write(facts, tensors)
+
+    def _check_together(self, steps: int) -> None:
+        """Refuse to go on from different places.
+
+        Raises:
+            TrainingError: The processes found different checkpoints.
+        """
+        if self.processes.count > 1 and len(set(self.processes.gathered(steps))) > 1:
+            raise TrainingError(
+                "The processes found different checkpoints: their folder must be one that all of them see, on every"
+                " machine."
+            )
+
+    def _restore(self, saved: Saved) -> tuple[int, int, _Tally]:
+        """Take over a checkpoint; the epoch to go on with, its steps that are done, and their tally."""
+        facts, tensors = saved
+        own: dict[str, Tensor] = {f"parameter.{place}": value for place, value in enumerate(self.parameters)}
+        own |= {f"buffer.{name}": value for name, value in self.method.named_buffers()}
+        wrong = [name for name, value in own.items() if name not in tensors or tensors[name].shape != value.shape]
+        if wrong or facts.method != self.method.name:
+            raise TrainingError(
+                f"The checkpoint of {facts.method} doesn't fit {self.method.name} as this release builds it"
+                f" ({', '.join(wrong[:1]) or 'another method'}): say --overwrite to train anew."
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+
+        def below(start: str) -> dict[str, Tensor]:
+            return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+        self.method.load_training_state(below("method."))
+        load_optimiser(self.optimiser, below("optimiser."))
+        self.scaler.load_state_dict(facts.scaler)
+        self.batch_numbers.set_state(tensors["batches"])
+        self.view_numbers.set_state(tensors["views"])
+        self.method.generator.set_state(tensors["generator"])
+        rank = self.processes.rank
+        set_random_states(self.device, below(f"random.{rank}."), facts.random[str(rank)])
+        self.steps, self.skipped_steps = facts.steps, facts.skipped_steps
+        self.history, self.last_terms = list(facts.history), dict(facts.last_terms)
+        self.seconds_before, self.resumed_at = facts.seconds, facts.steps
+        terms = {name: value.to(self.device) for name, value in below("term.").items()}
+        correct = tensors["correct"].to(self.device) if "correct" in tensors else None
+        return facts.epoch, facts.step, _Tally(facts.images, terms, correct)
+
     def report(self) -> dict[str, Any]:
         """What was done, in plain values."""
         return {
+            **({} if self.resumed_at is None else {"resumed_at": self.resumed_at}),
             "epochs": len(self.history),
             "steps": self.steps,
             "trained_parameters": sum(p.numel() for p in self.parameters),

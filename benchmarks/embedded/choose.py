@@ -47,27 +47,29 @@ def on_validation(name: str) -> Dataset:
 @click.option("--try", "tries", multiple=True, help="key=value,key=value: settings to compare; may be repeated.")
 @click.option("--datasets", type=NameList(), default=",".join(DATASETS), show_default=True)
 @click.option("--protocol", default="base-to-novel", show_default=True)
-def main(method: str, tries: Sequence[str], datasets: Sequence[str], protocol: str) -> None:
+@click.option("--backbone", "name", default="mini", show_default=True, help="mini or mini-mllm.")
+def main(method: str, tries: Sequence[str], datasets: Sequence[str], protocol: str, name: str) -> None:
     """Mean validation accuracy over seeds, base / novel (or all), for each set of settings."""
     torch.set_num_threads(os.cpu_count() or 1)
-    backbone = load_backbone("mini")
+    backbone = load_backbone(name)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(folder)
         for settings in tries or ("",):
             overrides = [part for part in settings.split(",") if part]
             cells = []
-            for name in datasets:
+            for dataset in datasets:
                 parts: dict[str, list[float]] = {}
                 for seed in SEEDS:
-                    task = make_task(on_validation(name), protocol, SHOTS, seed)
+                    task = make_task(on_validation(dataset), protocol, SHOTS, seed)
                     result = run_method(plan_run(method, backbone, task, overrides=overrides), backbone, store=store)
                     for part in result.result.parts:
                         parts.setdefault(part.name, []).append(part.accuracy)
                 cells.append(" / ".join(f"{100 * summarise(values).mean:.1f}" for values in parts.values()))
             rows.append([settings or "(recipe)", *cells])
             click.echo(f"{rows[-1]}", err=True)
-    console.print_table(f"{method}, {protocol}, validation accuracy", ["settings", *datasets], rows, left=["settings"])
+    title = f"{method} on {name}, {protocol}, validation accuracy"
+    console.print_table(title, ["settings", *datasets], rows, left=["settings"])
 
 
 if __name__ == "__main__":

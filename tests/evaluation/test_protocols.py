@@ -150,6 +150,11 @@ def test_the_embedded_backbone_gets_the_quick_recipe(backbone):
     assert choose_recipe("coop", "few-shot", backbone).name == "coop/few-shot-quick"
     assert choose_recipe("coop", "few-shot", backbone, "csc").name == "coop/few-shot-csc"
     assert choose_recipe("coop", "few-shot", backbone, "none") is None
+    language = load_backbone("mini-mllm")
+    assert choose_recipe("mllm-lora", "base-to-novel", language).name == "mllm-lora/base-to-novel-quick"
+    other = dataclasses.replace(language.spec, name="transformers:mini-mllm")
+    language.spec = other
+    assert choose_recipe("mllm-lora", "base-to-novel", language).name == "mllm-lora/base-to-novel"
 
 
 def task_for(recipe, target="textures"):

@@ -127,6 +127,13 @@ class MLLM(Backbone):
         """The decoder without its head."""
         return self.model.get_submodule(self.family.language)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers."""
+        count = self._text_config.num_hidden_layers
+        lists = (module for module in self.language.modules() if isinstance(module, nn.ModuleList))
+        return list(next(found for found in lists if len(found) == count))
+
     def big_blocks(self) -> list[nn.Module]:
         return [self.language]
 

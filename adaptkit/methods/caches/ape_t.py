@@ -140,6 +140,18 @@ class APET(ChannelCacheMethod, GradientMethod):
             self._best = {"correct": correct, "epoch": epoch + 1, "state": state}
         self._best["tried"] = epoch + 1
 
+    def training_state(self) -> dict[str, Tensor]:
+        if self._best is None:
+            return {}
+        counts = torch.tensor([self._best[name] for name in ("correct", "epoch", "tried")])
+        return {"counts": counts, "residual": self._best["state"][0], "values": self._best["state"][1]}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            facts = dict(zip(("correct", "epoch", "tried"), state["counts"].tolist(), strict=True))
+            kept = (state["residual"].to(self.backbone.device), state["values"].to(self.backbone.device))
+            self._best = {**facts, "state": kept}
+
     @torch.no_grad()
     def finish(self, task: FitTask) -> dict[str, Any]:
         """Go back to the best epoch, then search alpha and beta."""

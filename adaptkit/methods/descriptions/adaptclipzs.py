@@ -16,6 +16,7 @@ backbone's interpolation (bilinear there).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -183,6 +184,12 @@ class AdaptCLIPZS(GradientMethod):
         tau = float(self.tau.detach())
         if tau <= 0:
             raise TrainingError(f"{self.name}'s tau fell to {tau:.3g} in epoch {epoch + 1}: lower tau_lr.")
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {"draws": self._draws.get_state()}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        self._draws.set_state(state["draws"])
 
     # --- prediction ---------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from adaptkit.methods.folding import Fold
 from adaptkit.methods.lora._towers import targeted, write_peft
 from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
 from adaptkit.methods.mllm._soft import between, question_span, with_soft
-from adaptkit.methods.mllm._tuning import IGNORED, TwinMethod, answer_labels, summed
+from adaptkit.methods.mllm._tuning import CHECKPOINTING, IGNORED, TwinMethod, answer_labels, summed
 from adaptkit.types import NovelClasses, TrainingSettings
 
 MOST_SCALE = 100.0
@@ -66,6 +66,7 @@ class VladvaConfig(MethodConfig):
         default=0, metadata={"help": "Images that go through the model together; gradients stay exact. 0: all."}
     )
     clip: float = field(default=1.0, metadata={"help": "Largest norm of all gradients together; 0 doesn't clip."})
+    checkpointing: bool = field(default=False, metadata=CHECKPOINTING)
 
     def __post_init__(self) -> None:
         problems = [

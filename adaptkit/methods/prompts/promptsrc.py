@@ -116,13 +116,13 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
-        self._log_total = -math.inf
+        self.log_total = -math.inf
 
     def add(self, values: Sequence[Tensor], log_weight: float) -> None:
         """Take in the next list."""
-        high, low = max(self._log_total, log_weight), min(self._log_total, log_weight)
-        self._log_total = high + math.log1p(math.exp(low - high))
-        share = math.exp(log_weight - self._log_total)
+        high, low = max(self.log_total, log_weight), min(self.log_total, log_weight)
+        self.log_total = high + math.log1p(math.exp(low - high))
+        share = math.exp(log_weight - self.log_total)
         if not self.values:
             self.values = [value.detach().clone() for value in values]
             return
@@ -245,6 +245,24 @@ class PromptSRC(IVLP):
         else:
             log_weight = _log_weight(epoch + 1, self.config.averaging_mean, self.config.averaging_std)
             self._mean.add(list(self.parameters()), log_weight)
+
+    def training_state(self) -> dict[str, Tensor]:
+        state = {"epochs": torch.tensor(self._epochs)}
+        if self._mean.values:
+            state["log_total"] = torch.tensor(self._mean.log_total, dtype=torch.float64)
+        state |= {f"mean.{at}": value for at, value in enumerate(self._mean.values)}
+        past = [(epoch, at, value) for epoch, values in enumerate(self._history) for at, value in enumerate(values)]
+        return state | {f"epoch.{epoch}.{at}": value for epoch, at, value in past}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        def listed(start: str) -> list[Tensor]:
+            count = sum(name.startswith(start) for name in state)
+            return [state[f"{start}{at}"].to(self.backbone.device) for at in range(count)]
+
+        self._epochs, self._mean.values = int(state["epochs"]), listed("mean.")
+        self._mean.log_total = float(state["log_total"]) if self._mean.values else -math.inf
+        reference = self.config.averaging == "reference"
+        self._history = [listed(f"epoch.{epoch}.") for epoch in range(self._epochs if reference else 0)]
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         """The average over the epochs that finished takes the place of the last epoch's prompts."""
