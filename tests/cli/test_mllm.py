@@ -105,6 +105,22 @@ def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
     assert {run["key"]["method"] for run in json.loads(outcome.stdout)["runs"]} == set(chosen.split(","))
 
 
+def test_fewer_image_tokens(call, refused, photos, tmp_path, backbone):
+    words = ["run", photos, "--shots", 2, "--set", "token_reduction=vscan", "--set", "token_keep=0.5"]
+    out = tmp_path / "out"
+    outcome = call(*words, "--method", "mllm-zero-shot", "--backbone", backbone, "--out", out)
+    assert outcome.exit_code == 0, outcome.output
+    fit = read_run(out).fit
+    assert (fit["tokens_per_image"], fit["tokens_per_image_before"]) == (2, 4)
+    none = ["--out", tmp_path / "none"]
+    assert "allow_training=true" in refused(*words, "--method", "mllm-lora", "--backbone", backbone, *none)
+    other = f"transformers:{tiny.save('blip2')}"
+    assert "can't be left out" in refused(*words, "--method", "mllm-zero-shot", "--backbone", other, *none)
+    misspelt = ["--set", "token_reduction=vscn", *none]
+    assert "did you mean 'vscan'" in refused(*words, "--method", "mllm-icl", "--backbone", backbone, *misspelt)
+    assert not (tmp_path / "none").exists()
+
+
 def test_as_an_estimator(photos, tmp_path, backbone):
     pictures = [Image.open(path) for label in ("oak", "yew") for path in sorted((photos / label).iterdir())[:3]]
     labels = ["oak"] * 3 + ["yew"] * 3

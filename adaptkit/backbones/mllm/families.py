@@ -41,6 +41,7 @@ class Family:
             or "grid" (the largest multiple of patch · merge within the processor's limits and `GRID_SIDE`).
         prompt: Prompt without a chat template, with {image} and {text}; "" where there must be one.
         turn: What ends an answer where several turns follow one another without a chat template.
+        scattered: Why an image's vectors aren't one square grid in reading order; "" where they are.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     sides: Literal["size", "tile", "grid"] = "size"
     prompt: str = ""
     turn: str = "\n"
+    scattered: str = ""
 
     def lora_targets(self, target: Target) -> str:
         """A pattern that the full names of a part's linear layers match as a whole (peft's `target_modules`).
@@ -93,9 +95,11 @@ _IDEFICS_VISION = r"model\.vision_model\.encoder\..*\.(q_proj|k_proj|v_proj|out_
 _QWEN_VISION = r"model\.visual\.blocks\..*\.(qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
 _BLIP_BRIDGE = ("qformer", "query_tokens", "language_projection")
 _BLIP_VISION = r"vision_model\.encoder\..*\.(qkv|projection|fc1|fc2)"
+_QUERIES = "its vectors are learned queries, which have no place in the image"
+_TILES = "its vectors are those of tiles, with line ends between them"
 
 
-def _qwen(name: str, model_type: str, *bridge: str) -> Family:
+def _qwen(name: str, model_type: str, *bridge: str, scattered: str = "") -> Family:
     return Family(
         name,
         (model_type,),
@@ -104,6 +108,7 @@ def _qwen(name: str, model_type: str, *bridge: str) -> Family:
         positions="mrope",
         vision_linears=_QWEN_VISION,
         sides="grid",
+        scattered=scattered,
     )
 
 
@@ -128,11 +133,16 @@ _MARKED: dict[str, Any] = {
 
 FAMILIES = (
     Family("LLaVA", ("llava",), prompt=_CHAT),
-    Family("LLaVA-NeXT", ("llava_next",), prompt=_CHAT),
-    Family("LLaVA-OneVision", ("llava_onevision",), bridge=("model.multi_modal_projector",)),
+    Family("LLaVA-NeXT", ("llava_next",), prompt=_CHAT, scattered=_TILES),
+    Family("LLaVA-OneVision", ("llava_onevision",), bridge=("model.multi_modal_projector",), scattered=_TILES),
     _qwen("Qwen2-VL", "qwen2_vl"),
     _qwen("Qwen2.5-VL", "qwen2_5_vl"),
-    _qwen("Qwen3-VL", "qwen3_vl", "model.visual.deepstack_merger_list"),
+    _qwen(
+        "Qwen3-VL",
+        "qwen3_vl",
+        "model.visual.deepstack_merger_list",
+        scattered="its language model takes in vision features in several layers",
+    ),
     _idefics("SmolVLM", "smolvlm", **_MARKED),
     _idefics("Idefics3", "idefics3", **_MARKED),
     _idefics(
@@ -143,6 +153,7 @@ FAMILIES = (
         after="<fake_token_around_image>",
         spaced=True,
         sides="grid",
+        scattered=_QUERIES,
     ),
     Family(
         "InternVL",
@@ -178,6 +189,7 @@ FAMILIES = (
         vision="vision_model",
         bridge=_BLIP_BRIDGE,
         composed=True,
+        scattered=_QUERIES,
         vision_linears=_BLIP_VISION,
         prompt="{image}{bos}Question: {text} Answer:",
     ),
@@ -188,6 +200,7 @@ FAMILIES = (
         vision="vision_model",
         bridge=_BLIP_BRIDGE,
         composed=True,
+        scattered=_QUERIES,
         prompted=True,
         vision_linears=_BLIP_VISION,
         prompt="{image}{bos}{text}",

@@ -21,11 +21,15 @@ class ImageFeatures:
         tokens: Of each image, its vectors [placeholders, width].
         deeper: Vectors that are added inside the first layers of the language model, per layer and image (Qwen3-VL).
         grids: Time, height and width of each image in patches, int64 [images, 3] (Qwen), or None.
+        kept: Where tokens were left out, the places that those of each image had among all, int64 [placeholders].
+        whole: Where tokens were left out, how many each image had.
     """
 
     tokens: tuple[Tensor, ...]
     deeper: tuple[tuple[Tensor, ...], ...] = ()
     grids: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    whole: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,11 +46,13 @@ class ImageFeatures:
             tuple(self.tokens[index] for index in picked),
             tuple(tuple(layer[index] for index in picked) for layer in self.deeper),
             None if self.grids is None else self.grids[picked],
+            tuple(self.kept[index] for index in picked if self.kept),
+            tuple(self.whole[index] for index in picked if self.whole),
         )
 
     @staticmethod
     def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """All images of several sets, one after the other."""
+        """All images of several sets, one after the other; tokens were left out of all or of none."""
         grids = [part.grids for part in parts if part.grids is not None]
         parts = [part for part in parts if len(part)]
         layers = len(parts[0].deeper) if parts else 0
@@ -54,6 +60,8 @@ class ImageFeatures:
             tuple(vectors for part in parts for vectors in part.tokens),
             tuple(tuple(vectors for part in parts for vectors in part.deeper[layer]) for layer in range(layers)),
             torch.cat(grids) if grids else None,
+            tuple(places for part in parts for places in part.kept),
+            tuple(count for part in parts for count in part.whole),
         )
 
     def as_outputs(self, family: Family) -> Any:

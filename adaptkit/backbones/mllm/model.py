@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptkit.backbones.base import Backbone, BackboneSpec, Tokens
+from adaptkit.backbones.mllm.attention import pooled, watching
 from adaptkit.backbones.mllm.families import Family
 from adaptkit.backbones.mllm.images import ImageFeatures, features_of
 from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.reduction import MERGED_WINDOW, PATCH_WINDOW, Reduction, thinned
 from adaptkit.backbones.mllm.sampling import GREEDY, Sampling, chosen, said_before
 from adaptkit.backbones.mllm.trie import Trie
-from adaptkit.errors import BackboneError
+from adaptkit.errors import BackboneError, UnsupportedError
 
 LOGIT_SCALE = 100.0
 """CLIP's: feature-level methods have defaults that were chosen with it."""
@@ -139,13 +141,21 @@ class MLLM(Backbone):
 
     # --- images -------------------------------------------------------------------------------------------------------
 
-    def image_features(self, pixels: Tensor, instruction: str = "") -> ImageFeatures:
+    def image_features(
+        self, pixels: Tensor, instruction: str = "", reduction: Reduction | None = None
+    ) -> ImageFeatures:
         """What the language model will read of images; reusable in any number of prompts.
 
         Args:
             pixels: RGB in [0, 1], [images, 3, size, size].
             instruction: The question, for families whose image features depend on it (InstructBLIP).
+            reduction: How many of the vectors are left out, and which; None for none.
+
+        Raises:
+            UnsupportedError: The family's vectors can't be thinned out.
         """
+        if reduction is not None and reduction.active:
+            return self._reduced_features(pixels, instruction, reduction)
         bytes_ = (pixels.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
         made = self._processor(images=list(bytes_), return_tensors="pt", **self._image_options)
         given = {key: made[key].to(self.device) for key in _PIXEL_KEYS if key in made}
@@ -155,6 +165,22 @@ class MLLM(Backbone):
             given |= {"qformer_input_ids": words.input_ids, "qformer_attention_mask": words.attention_mask}
         output = self.model.get_image_features(**given, return_dict=True)
         return features_of(output, len(pixels), given.get("image_grid_thw"))
+
+    def _reduced_features(self, pixels: Tensor, instruction: str, reduction: Reduction) -> ImageFeatures:
+        if self.family.scattered:
+            raise UnsupportedError(
+                f"Image tokens of {self.family.name} can't be left out ({self.family.scattered}): set token_reduction"
+                " to none, or choose LLaVA 1.5, Qwen2-VL, Qwen2.5-VL, SmolVLM, Idefics3, InternVL, Gemma 3 or"
+                " PaliGemma."
+            )
+        if not reduction.attends:
+            return thinned(self.image_features(pixels, instruction), reduction, pixels)
+        with watching(self.model.get_submodule(self.family.vision)) as watched:
+            features = self.image_features(pixels, instruction)
+        shallow, deep, class_token = watched.maps(len(pixels), features.grids)
+        maps = [pooled(attention, features.counts[0]) for attention in (shallow, deep)]
+        patches = class_token and maps[0].shape == shallow.shape  # each patch is a token
+        return thinned(features, reduction, pixels, maps, PATCH_WINDOW if patches else MERGED_WINDOW)
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -172,8 +198,38 @@ class MLLM(Backbone):
         pad = self.prompter.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        positions, after = self._positions(ids, mask, features)
+        if features is not None and features.kept:
+            positions, after = self._original_positions(rows, features)
+        else:
+            positions, after = self._positions(ids, mask, features)
         return Batch(ids, mask, positions, after, self._types(ids, answers))
+
+    def _original_positions(self, rows: Sequence[Sequence[int]], features: ImageFeatures) -> tuple[Tensor, Tensor]:
+        """Positions as if no image token had been left out, of those that are there."""
+        wholes, places, image = [], [], 0
+        for row in rows:
+            whole, own, at = list[int](), list[int](), 0
+            while at < len(row):
+                step = 1
+                if row[at] == self.image_token:
+                    own += [len(whole) + place for place in features.kept[image].tolist()]
+                    whole += [self.image_token] * features.whole[image]
+                    step, image = features.counts[image], image + 1
+                else:
+                    own.append(len(whole))
+                    whole.append(row[at])
+                at += step
+            self.prompter.check_length(len(whole), "The prompt with all of its image tokens")
+            wholes.append(whole)
+            places.append(own)
+        batch = self.batch(wholes, replace(features, kept=(), whole=()))
+        length, width = batch.ids.shape[1], max(map(len, places))
+        picked = [
+            [0] * (width - len(own)) + [length - len(whole) + place for place in own]
+            for own, whole in zip(places, wholes, strict=True)
+        ]
+        index = torch.tensor(picked, device=batch.ids.device).expand(*batch.positions.shape[:-1], -1)
+        return batch.positions.gather(-1, index), batch.next_position
 
     def _positions(self, ids: Tensor, mask: Tensor, features: ImageFeatures | None) -> tuple[Tensor, Tensor]:
         if self.family.positions == "mrope":

@@ -19,6 +19,7 @@ from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods.base import Method
 from adaptkit.methods.folding import Fold
+from adaptkit.methods.mllm._reducing import token_facts
 from adaptkit.types import NovelClasses, Reads
 
 QUESTION = "What {noun} is shown in the image? Answer with its name only."
@@ -28,7 +29,7 @@ _NOUN = re.compile(r"a (?:type|kind) of (?P<noun>[a-z ]+?)\W*$")
 class AskingMethod(Method):
     """A method that puts questions about images to an MLLM.
 
-    Its settings must have `prompt`, `noun` and `end_token`.
+    Its settings must have `prompt`, `noun` and `end_token`, and those of `ReducingConfig`.
     """
 
     reads: ClassVar[Reads] = "images"
@@ -39,7 +40,8 @@ class AskingMethod(Method):
     def build(self) -> None:
         self.question = self.mllm.prompter.check_text(asked(self.config.prompt, self.noun), "question")
         with torch.no_grad():
-            self.placeholders = self.features(self.blank_images()[:1]).counts[0]
+            self.token_facts = token_facts(self.features(self.blank_images()[:1]))
+        self.placeholders = int(self.token_facts["tokens_per_image"])
         self._trie_memo: tuple[Any, Trie] | None = None
         self._word_memo: dict[tuple[str, ...], tuple[Trie, list[int]]] = {}
 
@@ -86,7 +88,11 @@ class AskingMethod(Method):
 
     def features(self, pixels: Tensor) -> ImageFeatures:
         """Image features for this method's question."""
-        return self.mllm.image_features(pixels.to(self.backbone.device), self.question)
+        return self.seen(pixels, self.question)
+
+    def seen(self, pixels: Tensor, question: str) -> ImageFeatures:
+        """Image features for a question, thinned out as the settings say."""
+        return self.mllm.image_features(pixels.to(self.backbone.device), question, self.config.thinning)
 
     def blank_images(self) -> Tensor:
         """Two images without content, pixels [2, 3, size, size]: grey, and noise (always the same)."""

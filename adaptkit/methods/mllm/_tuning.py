@@ -32,6 +32,7 @@ from adaptkit.methods.lora._towers import shared_copy, state_name
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import Normalisation, normalised
 from adaptkit.methods.mllm._recomputing import recompute, require_gradients
+from adaptkit.methods.mllm._reducing import check_training
 from adaptkit.methods.mllm._sharding import spread_layers
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.types import FitTask, Inputs, Reads, TrainingLoop, TrainingSettings
@@ -278,6 +279,7 @@ class TwinMethod(GradientMethod):
     # --- fitting ------------------------------------------------------------------------------------------------------
 
     def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
+        check_training(self.name, self.config)
         keep = self.vision_frozen and not (loop is not None and loop.settings.fresh_views)
         self.set_classes(self.fitted_names)
         self._numbered = NumberedInputs(task.train, self.shown, keep=keep)
@@ -347,7 +349,7 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             "route": self.config.route,
             "variant": self.config.variant,
             "prompt": self.question,
-            "tokens_per_image": self.placeholders,
+            **self.token_facts,
             "supervised_text": self.mllm.prompter.tokenizer.decode(answer),
             "supervised_share": len(answer) / (prompt + len(answer)),
         }

@@ -20,9 +20,10 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import MethodConfig, progress_of
+from adaptkit.methods.base import progress_of
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod, asked
 from adaptkit.methods.mllm._likelihood import normalised
+from adaptkit.methods.mllm._reducing import ReducingConfig
 from adaptkit.types import FitTask, TrainingLoop
 
 PAIR_QUESTION = "Do both images show the same {noun}? Answer yes or no."
@@ -31,7 +32,7 @@ UNLISTED = 1e3
 
 
 @dataclass(frozen=True)
-class MllmIclConfig(MethodConfig):
+class MllmIclConfig(ReducingConfig):
     """Settings of MLLM in-context learning."""
 
     route: Literal["context", "pairwise"] = field(
@@ -66,6 +67,7 @@ class MllmIclConfig(MethodConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limits = {"examples": 1, "orders": 1, "rounds": 1, "shortlist": 0}
         wrong = [f"{name} is {getattr(self, name)}" for name, least in limits.items() if getattr(self, name) < least]
         if wrong:
@@ -134,7 +136,7 @@ class MllmIcl(AskingMethod):
         labels = task.train.labels
         pixels = task.train.select(torch.arange(len(labels)))
         self._keep((pixels * 255).round().clamp(0, 255).to(torch.uint8), labels)
-        facts: dict[str, Any] = {"route": self.config.route, "tokens_per_image": self.placeholders}
+        facts: dict[str, Any] = {"route": self.config.route, **self.token_facts}
         facts["prompt"] = self.question if self.config.route == "context" else self.pair_question
         if self.config.route == "context" and self.config.labels == "circle":
             facts |= self._circle(loop)
@@ -166,7 +168,7 @@ class MllmIcl(AskingMethod):
 
     def features(self, pixels: Tensor) -> ImageFeatures:
         question = self.question if self.config.route == "context" else asked(self.config.pair_prompt, self.noun)
-        return self.mllm.image_features(pixels.to(self.backbone.device), question)
+        return self.seen(pixels, question)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
-from adaptkit.methods.base import MethodConfig
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod
 from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LETTERS, MOST_OPTIONS, LetterTally, options_text, shifted, spread
 from adaptkit.methods.mllm._likelihood import Normalisation, fit_calibration, normalised
 from adaptkit.methods.mllm._matching import STEPS, Matcher
+from adaptkit.methods.mllm._reducing import ReducingConfig
 from adaptkit.types import FitTask, TrainingLoop
 
 Route = Literal["likelihood", "letters", "constrained", "open"]
@@ -37,7 +37,7 @@ NOT_FOUND = -1e4
 
 
 @dataclass(frozen=True)
-class MllmZeroShotConfig(MethodConfig):
+class MllmZeroShotConfig(ReducingConfig):
     """Settings of MLLM zero-shot."""
 
     route: Route = field(
@@ -79,6 +79,7 @@ class MllmZeroShotConfig(MethodConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = [
             f"{name} is {getattr(self, name)}, but must be {wanted}"
             for name, wanted, ok in (
@@ -130,7 +131,7 @@ class MllmZeroShot(AskingMethod):
             "route": self.config.route,
             "normalisation": self.config.normalisation,
             "prompt": self.question,
-            "tokens_per_image": self.placeholders,
+            **self.token_facts,
         }
 
     def _calibrate(self, task: FitTask) -> None:

@@ -28,10 +28,11 @@ from adaptkit.backbones.mllm.model import IMAGE_PROMPT, MLLM, TEXT_PROMPT
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ClassWeightMethod, MethodConfig, render_prompts
+from adaptkit.methods.base import ClassWeightMethod, render_prompts
 from adaptkit.methods.folding import Fold
 from adaptkit.methods.lora._towers import targeted, write_peft
 from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._reducing import ReducingConfig, token_facts
 from adaptkit.methods.mllm._soft import between, question_span, with_soft
 from adaptkit.methods.mllm._tuning import CHECKPOINTING, IGNORED, TwinMethod, answer_labels, summed
 from adaptkit.types import NovelClasses, TrainingSettings
@@ -43,7 +44,7 @@ _TEXTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class VladvaConfig(MethodConfig):
+class VladvaConfig(ReducingConfig):
     """Settings of VladVA."""
 
     lora: bool = field(
@@ -69,6 +70,7 @@ class VladvaConfig(MethodConfig):
     checkpointing: bool = field(default=False, metadata=CHECKPOINTING)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = [
             f"{name} is {getattr(self, name)!r}, but must be {wanted}"
             for name, wanted, ok in (
@@ -128,8 +130,9 @@ class Vladva(TwinMethod, ClassWeightMethod):
             prompter.check_text(sentence, "description")
         with torch.no_grad():
             side = self.backbone.spec.preprocessing.image_size
-            self._placeholders = self.shown(torch.full((1, 3, side, side), 0.5)).counts[0]
-        ids, start, end = question_span(prompter, Turn(self.config.image_prompt), [self._placeholders])
+            self._token_facts = token_facts(self.shown(torch.full((1, 3, side, side), 0.5)))
+        placeholders = int(self._token_facts["tokens_per_image"])
+        ids, start, end = question_span(prompter, Turn(self.config.image_prompt), [placeholders])
         self.image_soft = nn.Parameter(self._embedded_ids(ids[start:end]))
         self._image_row = [*ids[:start], *(-1 - place for place in range(end - start)), *ids[end:]]
         bare, whole = (prompter.ids([Turn(f"a photo{more}", 0)]) for more in ("", self.config.text_prompt))
@@ -163,7 +166,8 @@ class Vladva(TwinMethod, ClassWeightMethod):
         return self.log_scale.float().exp().clamp(max=MOST_SCALE)
 
     def shown(self, pixels: Tensor) -> ImageFeatures:
-        return self.mllm.image_features(pixels.to(self.backbone.device), self.config.image_prompt)
+        prompt, thinning = self.config.image_prompt, self.config.thinning
+        return self.mllm.image_features(pixels.to(self.backbone.device), prompt, thinning)
 
     def encode_shown(self, features: ImageFeatures) -> Tensor:
         """Image features [images, width], fp32, of what the vision side gave."""
@@ -301,7 +305,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
         self.classes_changed()
         return {
             "scale": float(self.scale.detach()),
-            "tokens_per_image": self._placeholders,
+            **self._token_facts,
             "soft_vectors": {"image": len(self.image_soft), "text": len(self.text_soft)},
             "long_captions": "descriptions" if self.descriptions else "templates",
         }
@@ -334,6 +338,8 @@ class SummaryBackbone(Backbone):
 
     def __init__(self, method: Vladva) -> None:
         spec, state = method.backbone.spec, hashlib.sha256()
+        if method.config.thinning.active:
+            state.update(repr(method.config.thinning).encode())
         for name, value in sorted(method.adapter_state().items()):
             state.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
         digest = hashlib.sha256(f"{spec.digest}+{state.hexdigest()}".encode()).hexdigest()
