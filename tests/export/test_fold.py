@@ -41,6 +41,7 @@ WHY_NOT = {
     "mllm-soft-prompt": "the language model reads every image",
     "mllm-zero-shot": "the language model reads every image",
     "transclip": "depends on the images it is asked about with it",
+    "twin": "the language model reads every image",
     "unem": "depends on the images it is asked about with it",
     "vladva": "the language model reads every image",
 }
