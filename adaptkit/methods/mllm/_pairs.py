@@ -161,12 +161,12 @@ def pair_facts(margins: Tensor, same: Tensor) -> dict[str, float]:
         same: 1 where yes is right, [pairs].
     """
     yes = margins > 0
-    right = (yes == same.bool().to(yes.device)[:, None]).float().mean()
-    share = float(same.mean())
+    right = (yes == same.bool().to(yes.device)[:, None]).double().mean()
+    share = float(same.double().mean())
     return {
         "accuracy": float(right),
-        "yes_rate": float(yes.float().mean()),
-        "swap_consistency": float((yes[:, 0] == yes[:, 1]).float().mean()),
+        "yes_rate": float(yes.double().mean()),
+        "swap_consistency": float((yes[:, 0] == yes[:, 1]).double().mean()),
         "majority_rate": max(share, 1 - share),
     }
 
