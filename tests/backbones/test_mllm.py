@@ -342,3 +342,19 @@ def test_too_many_images_and_too_long_prompts():
         backbone.text_features(["word " * 120])
     with pytest.raises(DataError, match="control token"):
         backbone.text_features(["an <image> of it"])
+
+
+def test_scores_of_one_answer_per_prompt(backbone, features, rows):
+    """Each token's, behind the shared prompts, against passes of their own; gradients too."""
+    answers, place = [[70, 71, 72], [80], [90, 91]], [1, 0, 1]
+    with torch.no_grad():
+        prefix = backbone.prefix(rows, features)
+        found = backbone.answer_scores(prefix.select(place), answers, temperature=2.0)
+    wanted = []
+    for i, answer in zip(place, answers, strict=True):
+        own = features.select([i])
+        with torch.no_grad():
+            hidden = backbone.hidden(backbone.batch([rows[i] + answer], own, [len(answer)]), own)
+        log_probs = (backbone.logits(hidden)[0] / 2).log_softmax(dim=-1)
+        wanted += [log_probs[len(rows[i]) + k - 1, token] for k, token in enumerate(answer)]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-4)

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adaptkit.backbones.base import Backbone, BackboneSpec, Tokens
 from adaptkit.backbones.mllm.families import Family
 from adaptkit.backbones.mllm.images import ImageFeatures, features_of
 from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.sampling import GREEDY, Sampling, chosen, said_before
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import BackboneError
 
@@ -345,36 +347,76 @@ class MLLM(Backbone):
         prefix: Prefix,
         max_tokens: int = 32,
         *,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
+        sampling: Sampling = GREEDY,
+        draws: Tensor | None = None,
+        said: Sequence[Sequence[int]] | None = None,
+        keep_end: bool = False,
     ) -> list[list[int]]:
         """Continue each prompt freely until its turn ends.
 
         Args:
             prefix: The prompts; `Prefix.select` repeats one for several rollouts.
             max_tokens: Most tokens of an answer.
-            temperature: 0 takes the likeliest token; else tokens are drawn.
-            generator: Where draws come from, on the CPU.
+            sampling: How tokens are chosen.
+            draws: Numbers in [0, 1) that tokens are drawn by, fp64 [rows, max_tokens]; needed unless they are greedy.
+            said: Token ids that the repetition penalty counts as said before (the prompts), by row; None for none.
+            keep_end: Whether the token that ended an answer belongs to it; one that was cut off has none.
 
         Returns:
-            Token ids of each answer, without the token that ended it.
+            Token ids of each answer, up to its first ending token.
         """
         ends = torch.tensor(self.prompter.end_tokens(), device=self.device)
         cache, mask, hidden = self._cache(prefix), prefix.mask, prefix.hidden
-        positions = prefix.next_position
+        positions, seen = prefix.next_position, None
+        if sampling.repetition_penalty != 1:
+            vocabulary = self.model.get_output_embeddings().weight.shape[0]
+            seen = said_before(said or [[]] * len(prefix), vocabulary, self.device)
         done = torch.zeros(len(prefix), dtype=torch.bool, device=self.device)
         answers: list[list[int]] = [[] for _ in range(len(prefix))]
         for step in range(max_tokens):
-            tokens = _chosen(self.logits(hidden), temperature, generator)
-            done |= torch.isin(tokens, ends)
-            for row, (token, over) in enumerate(zip(tokens.tolist(), done.tolist(), strict=True)):
-                if not over:
+            tokens = chosen(self.logits(hidden), sampling, None if draws is None else draws[:, step], seen)
+            before, done = done, done | torch.isin(tokens, ends)
+            over = before if keep_end else done
+            for row, (token, left_out) in enumerate(zip(tokens.tolist(), over.tolist(), strict=True)):
+                if not left_out:
                     answers[row].append(token)
             if bool(done.all()) or step == max_tokens - 1:
                 break
+            if seen is not None:
+                seen[torch.arange(len(seen), device=seen.device), tokens] = True
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             hidden = self._continue(cache, tokens[:, None], mask, positions[:, None] + step)[:, -1]
         return answers
+
+    def answer_scores(self, prefix: Prefix, answers: Sequence[Sequence[int]], temperature: float = 1.0) -> Tensor:
+        """log p of each token of one answer per prompt, fp32 [tokens of all answers, in order], differentiable.
+
+        The head runs on these tokens alone, and its logits aren't kept for the gradient.
+
+        Args:
+            prefix: The prompts, one row per answer.
+            answers: Token ids, at least one each.
+            temperature: What logits are divided by.
+        """
+        length = max(map(len, answers))
+        ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in answers], device=self.device)
+        counts = torch.tensor([len(row) for row in answers], device=self.device)
+        steps = torch.arange(length, device=self.device)
+        hidden = prefix.hidden[:, None]
+        if length > 1:  # what fills up a row stands behind its answer, where no token of it looks
+            mask = torch.cat([prefix.mask, prefix.mask.new_ones(len(ids), length - 1)], dim=1)
+            positions = prefix.next_position[:, None] + steps[:-1]
+            hidden = torch.cat([hidden, self._continue(self._cache(prefix), ids[:, :-1], mask, positions)], dim=1)
+        wanted = steps < counts[:, None]
+        states, tokens = hidden[wanted], ids[wanted]  # [tokens, width], [tokens]
+        step = max(1, HEAD_BYTES // (8 * self.model.get_output_embeddings().weight.shape[0]))
+
+        def part(states: Tensor, tokens: Tensor) -> Tensor:
+            logits = self.logits(states) / temperature
+            return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+        pairs = zip(states.split(step), tokens.split(step), strict=True)
+        return torch.cat([checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs])
 
     # --- as a dual encoder --------------------------------------------------------------------------------------------
 
@@ -400,11 +442,3 @@ class MLLM(Backbone):
         rows = [ids[: end + 1] for ids, end in zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)]
         parts = [self.hidden(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
         return torch.cat(parts).float()
-
-
-def _chosen(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, int64 [rows]."""
-    if temperature <= 0:
-        return logits.argmax(dim=-1)
-    shares = (logits / temperature).softmax(dim=-1).cpu()
-    return torch.multinomial(shares, 1, generator=generator)[:, 0].to(logits.device)
