@@ -213,8 +213,9 @@ def test_classes_it_never_saw(backbone, method):
         assert method.uses_fallback == (method.novel_classes == "zero-shot")
         assert method.open_vocabulary == (method.novel_classes in ("open", "synthesised"))
     if method.novel_classes == "zero-shot":
-        plain, zero = methods.get("zero-shot")(backbone, NOVEL), method.zero_shot()
-        features = inputs if method.reads == "image_features" else backbone.encode_image(inputs)
+        kind = "mllm-zero-shot" if method.needs_mllm else "zero-shot"
+        plain, zero = methods.get(kind)(backbone, NOVEL), method.zero_shot()
+        features = inputs if method.reads == plain.reads else backbone.encode_image(inputs)
         # sentences, where a method was given some, belong to its own zero-shot answer
         wanted = method.cosine_logits(features, zero) if method.descriptions else predict(plain, features)
         torch.testing.assert_close(logits, wanted)

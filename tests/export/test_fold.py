@@ -42,6 +42,7 @@ WHY_NOT = {
     "mllm-soft-prompt": "the language model reads every image",
     "mllm-zero-shot": "the language model reads every image",
     "transclip": "depends on the images it is asked about with it",
+    "twin": "the language model reads every image",
     "unem": "depends on the images it is asked about with it",
     "virft": "the language model reads every image",
     "vladva": "the language model reads every image",

@@ -29,6 +29,7 @@ from adaptkit.errors import ConfigError
 from adaptkit.methods._tuned import set_parameter
 from adaptkit.methods.base import GradientMethod, progress_of
 from adaptkit.methods.lora._towers import shared_copy, state_name
+from adaptkit.methods.mllm._asking import AskingMethod
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import Normalisation, normalised
 from adaptkit.methods.mllm._recomputing import recompute, require_gradients
@@ -142,6 +143,29 @@ def answer_labels(ids: Tensor, lengths: Sequence[int]) -> Tensor:
     counts = torch.as_tensor(list(lengths), device=ids.device)
     supervised = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - counts[:, None]
     return ids.masked_fill(~supervised, IGNORED)
+
+
+def answers_loss(
+    method: AskingMethod, turns: Sequence[Sequence[Turn]], answers: Sequence[list[int]], features: ImageFeatures
+) -> Tensor:
+    """Minus the log-probability of all answers' tokens behind their conversations, summed.
+
+    Args:
+        method: What asks.
+        turns: One conversation per answer.
+        answers: Tokens of each answer.
+        features: The images of all conversations in reading order.
+    """
+    rows = [p + a for p, a in zip(method.prompt_rows(features, turns), answers, strict=True)]
+    lengths = [len(answer) for answer in answers]
+    for row in rows:
+        method.mllm.prompter.check_length(len(row), "A training question with its answer")
+    batch = method.mllm.batch(rows, features, lengths)
+    hidden = method.mllm.hidden(batch, features, embeds=method.embedded(batch))
+    following = answer_labels(batch.ids, lengths)[:, 1:]
+    supervised = following != IGNORED
+    logits = method.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
+    return F.cross_entropy(logits, following[supervised], reduction="sum")
 
 
 def summed(part: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -285,12 +309,16 @@ class TwinMethod(GradientMethod):
         self._numbered = NumberedInputs(task.train, self.shown, keep=keep)
         try:
             self.look(loop)
-            return super().fit(replace(task, train=self._numbered), loop)
+            return super().fit(replace(task, train=self.training_inputs(self._numbered)), loop)
         finally:
             self._numbered = None
 
     def look(self, loop: TrainingLoop | None) -> None:
         """Look at the training images (`_numbered`) before the first step."""
+
+    def training_inputs(self, numbered: NumberedInputs) -> Inputs:
+        """What the loop draws its batches from; here the training images, by number."""
+        return numbered
 
     def prepare(self, task: FitTask) -> None:
         super().prepare(task)
@@ -440,16 +468,7 @@ class TunedMllm(TwinMethod, MllmZeroShot):
 
     def answer_loss(self, texts: Sequence[str], answers: Sequence[list[int]], features: ImageFeatures) -> Tensor:
         """Minus the log-probability of all answers' tokens behind their questions, summed."""
-        prompts = self.prompt_rows(features, [[Turn(text)] for text in texts])
-        rows, lengths = [p + a for p, a in zip(prompts, answers, strict=True)], [len(answer) for answer in answers]
-        for row in rows:
-            self.mllm.prompter.check_length(len(row), "A training question with its answer")
-        batch = self.mllm.batch(rows, features, lengths)
-        hidden = self.mllm.hidden(batch, features, embeds=self.embedded(batch))
-        following = answer_labels(batch.ids, lengths)[:, 1:]
-        supervised = following != IGNORED
-        logits = self.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
-        return F.cross_entropy(logits, following[supervised], reduction="sum")
+        return answers_loss(self, [[Turn(text)] for text in texts], answers, features)
 
     def _softmax_loss(self, inputs: Tensor, labels: Tensor, batch: int) -> Tensor:
         """Cross-entropy of the names' likelihoods over the classes, summed and divided by the whole batch's size."""
