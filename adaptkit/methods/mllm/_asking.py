@@ -77,12 +77,16 @@ class AskingMethod(Method):
         prompter.check_length(prompt + longest, "The question with the longest class name")
 
     def trie(self) -> Trie:
-        """The current class names as candidate answers; remembered for one class list."""
-        if self._trie_memo is None or self._trie_memo[0] != self.class_names:
-            turns = [Turn(self.question)]
-            answers = self.mllm.prompter.answers(turns, self.shown_names, end=self.config.end_token)
-            self._trie_memo = (self.class_names, Trie.build(answers))
+        """The current classes' candidate answers; remembered for one class list and its texts."""
+        if self._trie_memo is None or self._trie_memo[0] != self.texts_key:
+            turns, texts = [Turn(self.question)], self.candidate_texts(self.class_names)
+            answers = self.mllm.prompter.answers(turns, texts, end=self.config.end_token)
+            self._trie_memo = (self.texts_key, Trie.build(answers))
         return self._trie_memo[1]
+
+    def candidate_texts(self, names: Sequence[str]) -> list[str]:
+        """The answer that stands for each class: here its name, as the model reads it."""
+        return [name.replace("_", " ") for name in names]
 
     # --- images -------------------------------------------------------------------------------------------------------
 

@@ -392,9 +392,10 @@ class TunedMllm(TwinMethod, MllmZeroShot):
     def _fitted_shown(self) -> list[str]:
         return [name.replace("_", " ") for name in self.fitted_names]
 
-    def _name_answers(self) -> list[list[int]]:
-        """Tokens of each fitted class's name and the one that ends the turn, as they stand behind the question."""
-        return self.mllm.prompter.answers([Turn(self.question)], self._fitted_shown)
+    def _name_answers(self, *, end: bool = True) -> list[list[int]]:
+        """Tokens of each fitted class's answer and the one that ends the turn, as they stand behind the question."""
+        texts = self.candidate_texts(self.fitted_names)
+        return self.mllm.prompter.answers([Turn(self.question)], texts, end=end)
 
     @torch.no_grad()
     def look(self, loop: TrainingLoop | None) -> None:
@@ -406,7 +407,7 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             return
         trie, found, labels = self.trie(), [], self._numbered.labels.cpu()
         for group in torch.arange(len(labels)).split(self.at_once()):
-            prefix = self.asked(self._numbered.features(group))
+            prefix = self.asked(self.training_features(group))
             scores = normalised(self.mllm.candidate_scores(prefix, trie), trie.lengths, "mean").cpu()
             scores[torch.arange(len(group)), labels[group]] = -torch.inf
             found.append(scores.topk(wanted, dim=1).indices)
@@ -477,11 +478,7 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             device=labels.device,
         )  # the right class first
         used, places = torch.unique(candidates, return_inverse=True)
-        names = (
-            self._name_answers()
-            if self.config.end_token
-            else self.mllm.prompter.answers([Turn(self.question)], self._fitted_shown, end=False)
-        )
+        names = self._name_answers(end=self.config.end_token)
         trie = Trie.build([names[index] for index in used.tolist()])
         prefix = self.asked(self.training_features(inputs))
         kind: Normalisation = "mean" if self.config.normalisation == "mean" else "sum"
