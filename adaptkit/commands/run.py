@@ -50,6 +50,7 @@ def command(
     if not overwrite:
         _runs.check_out(target)
     _runs.check_writable(target)
+    _runs.check_apart(target, options.task.dataset, options.task.data_root)
 
     from adaptkit.data.features import FeatureStore
     from adaptkit.evaluation.protocols import plan_run, run_method
