@@ -44,7 +44,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False, licence: str |
     """Send an adapter to the Hub, in one commit; the repository is made where there is none.
 
     The card says what is known of the adapter; of a run, with the figures of its `result.json`. Of a dataset or
-    backbone that is a path only the last part is sent, and no files but the adapter's own. Who you are is huggingface_hub's matter (`hf auth login`, HF_TOKEN).
+    backbone that is a path only the last part is sent, and no files but the adapter's own. Who you are is
+    huggingface_hub's matter (`hf auth login`, HF_TOKEN).
 
     Args:
         folder: Adapter folder.
