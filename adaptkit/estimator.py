@@ -45,7 +45,7 @@ from adaptkit.evaluation.calibration import (
     CalibrationWarning,
     calibrate,
     check_probability,
-    read_calibration,
+    saved_calibration,
     softmax,
     warning_about,
 )
@@ -429,8 +429,7 @@ def load(
     classifier.class_names_ = config.class_names
     classifier.report_, classifier.origins_ = {}, {}
     classifier.model_ = model
-    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
-    classifier.calibration_ = None if saved is None else read_calibration(saved, str(folder))
+    classifier.calibration_ = saved_calibration(config, folder)
     return classifier
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.commands import _console as console
-from adaptkit.errors import StorageError
+from adaptkit.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from adaptkit.backbones.base import Backbone
@@ -35,6 +35,20 @@ def check_out(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder} is already there and not empty: choose another --out, or say --overwrite.")
     check_writable(folder)
+
+
+def check_apart(out: Path, *sources: str | Path | None) -> None:
+    """Refuse an output folder whose replacing would take away what is read.
+
+    Raises:
+        ConfigError: A source lies in it.
+    """
+    import os
+
+    whole = Path(os.path.realpath(out))
+    for source in sources:
+        if source is not None and out.exists() and Path(os.path.realpath(source)).is_relative_to(whole):
+            raise ConfigError(f"{source} lies in {out}, which would be replaced as a whole: choose another --out.")
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:

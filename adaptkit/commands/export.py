@@ -23,6 +23,12 @@ _FORMATS = ("onnx", "torch", "open-clip")
     type=click.Path(path_type=Path),
     help="Folder of images to compare on (class folders give accuracies); drawn ones otherwise.",
 )
+@click.option(
+    "--coverage",
+    type=float,
+    help="How often the true class is in an image's set of labels, of calibrated classifiers [default: 0.9].",
+)
+@click.option("--abstain-below", type=float, help="The README's Python gives no answer where the probability is lower.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--backbone", help="Where the adapter's backbone lies now; it must be the same one.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
@@ -34,6 +40,8 @@ def command(
     merge: bool,
     int8: bool,
     images: Path | None,
+    coverage: float | None,
+    abstain_below: float | None,
     out: Path,
     backbone: str | None,
     overwrite: bool,
@@ -54,10 +62,10 @@ def command(
     Example:
       adaptkit export runs/first/best --format onnx --out exported
     """
-    from adaptkit.evaluation.calibration import read_calibration
-    from adaptkit.export.package import check_exportable, export_adapter
+    from adaptkit.evaluation.calibration import check_probability, saved_calibration
+    from adaptkit.export.package import check_exportable, export_adapter, promise_of
     from adaptkit.methods import methods
-    from adaptkit.methods.adapter import LABEL_FACTS, load_adapter, read_adapter_config, saved_labels
+    from adaptkit.methods.adapter import load_adapter, read_adapter_config, saved_labels
 
     if merge and format_ not in (None, "open-clip"):
         raise ConfigError(f"--merge is --format open-clip: leave it out, or leave out --format {format_}.")
@@ -68,12 +76,16 @@ def command(
     if format_ is None:
         raise ConfigError("Say what to write: --format onnx, torch or open-clip (for clip-lora and peft).")
     check_exportable(method, format_, int8=int8)  # before the backbone is loaded
+    calibration = saved_calibration(config, folder)
+    promise_of(calibration, coverage)
+    if abstain_below is not None:
+        check_probability("--abstain-below", abstain_below)
     (_runs.check_writable if overwrite else _runs.check_out)(out)
+    _runs.check_apart(out, folder, images)
 
     from adaptkit.backbones.load import load_backbone
 
     labels = saved_labels(config, folder)
-    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
     given = None if backbone is None else load_backbone(backbone, device=device)
     model = load_adapter(folder, given, device=device)
     with console.progress_bars(not as_json) as progress:
@@ -82,7 +94,9 @@ def command(
             out,
             format_,  # type: ignore[arg-type]  # click lets only the known ones through
             labels=labels,
-            temperature=1.0 if saved is None else read_calibration(saved, str(folder)).temperature,
+            calibration=calibration,
+            coverage=coverage,
+            abstain_below=abstain_below,
             images=images,
             int8=int8,
             overwrite=overwrite,
@@ -94,17 +108,21 @@ def command(
         console.print_json({**facts, "parity": report})
         return
     _show(report)
+    if warning := report.get("sets", {}).get("warning"):
+        console.say(f"warning: {warning}")
     console.say(f"Written to {out}; its README.md has the Python that runs it.")
 
 
 def _show(report: dict) -> None:  # type: ignore[type-arg]
     labelled = bool(report["probes"]["labelled"])
-    columns = ["file", "MB", "largest difference", "largest logit", "same class", *(["accuracy"] if labelled else [])]
+    sets = ["same set"] * ("sets" in report)
+    columns = ["file", "MB", "largest difference", "largest logit", "same class", *sets]
+    columns += ["accuracy", *(["coverage"] if sets else [])] if labelled else []
     rows = []
     for name, facts in report["models"].items():
         row = [name, f"{facts['bytes'] / 1e6:.1f}", f"{facts['max_difference']:.1e}", f"{facts['largest_logit']:.1f}"]
-        row.append(f"{console.percent(facts['top1_agreement'])} %")
-        rows.append(row + ([f"{console.percent(facts['accuracy'])} %"] if labelled else []))
+        shares = [facts[key] for key in ("top1_agreement", "same_sets", "accuracy", "coverage") if key in facts]
+        rows.append(row + [f"{console.percent(share)} %" for share in shares])
     note = f"compared on {report['probes']['what']} ({report['probes']['images']} files)"
     if labelled:
         note += f"; the adapter: {console.percent(report['adapter_accuracy'])} %"

@@ -69,6 +69,7 @@ def command(
     methods.entry(method)  # a misspelt name is said before anything is loaded
     settings = parse_overrides(overrides)
     (_runs.check_writable if overwrite else _runs.check_out)(out)
+    _runs.check_apart(out, *checkpoints)
 
     from adaptkit.backbones.load import load_backbone
     from adaptkit.data.class_names import find_class_names

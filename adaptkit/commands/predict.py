@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 from adaptkit.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from adaptkit.estimator import FewShotClassifier
 
 
 @click.command("predict", short_help="class names and probabilities for images")
@@ -59,10 +56,10 @@ def command(
             check_probability(name, value)
     folder = _runs.adapter_folder(adapter)
     files = find_images(images)
+    if coverage is not None:
+        _check_calibrated(folder, coverage)
     given = None if backbone is None else load_backbone(backbone, device=device)
     classifier = load(folder, given, device=device, batch_size=batch_size)
-    if coverage is not None:
-        _check_calibrated(classifier, coverage)
     kept, skipped = readable(files) if skip_unreadable else (files, [])
     if not kept:
         raise DataError(f"None of the {len(files)} images can be read, the first being {files[0]}.")
@@ -100,20 +97,22 @@ def _cells(answer: dict[str, Any]) -> list[str]:
     return ["– (not sure)", *cells] if answer.get("abstains") else cells
 
 
-def _check_calibrated(classifier: FewShotClassifier, coverage: float) -> None:
+def _check_calibrated(folder: Path, coverage: float) -> None:
     """Refuse sets without a calibration, and say so where the held-out images were few.
 
     Raises:
         ConfigError: It wasn't calibrated.
     """
-    from adaptkit.evaluation.calibration import warning_about
+    from adaptkit.evaluation.calibration import saved_calibration, warning_about
+    from adaptkit.methods.adapter import read_adapter_config
 
-    if classifier.calibration_ is None:
+    calibration = saved_calibration(read_adapter_config(folder), folder)
+    if calibration is None:
         raise ConfigError(
             "--coverage needs a classifier that was calibrated: call FewShotClassifier.calibrate with held-out images"
             " and save it again."
         )
-    warning = warning_about(len(classifier.calibration_.scores), coverage)
+    warning = warning_about(len(calibration.scores), coverage)
     if warning:
         console.say(f"warning: {warning}")
 

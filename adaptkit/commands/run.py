@@ -62,6 +62,7 @@ def command(
     if not overwrite:
         _runs.check_out(target)
     _runs.check_writable(target)
+    _runs.check_apart(target, options.task.dataset, options.task.data_root)
 
     from adaptkit.data.features import FeatureStore
     from adaptkit.training.processes import together

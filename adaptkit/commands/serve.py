@@ -27,6 +27,12 @@ _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every network.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Name that requests may ask for beside localhost, such as that of a proxy on this machine.",
+)
+@click.option(
     "--token-file",
     type=click.Path(path_type=Path),
     help=f"File with the bearer token that requests must bring [default: ${TOKEN_VARIABLE}, or none].",
@@ -45,7 +51,7 @@ _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
     type=click.FloatRange(0, min_open=True),
     default=30,
     show_default=True,
-    help="Seconds for a body to arrive, and again to be answered.",
+    help="Seconds for a request's head to arrive, again for its body, and again to be answered.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images encoded at once.")
 @click.option("--backbone", help="Where the adapters' backbone lies now; it must be the same one.")
@@ -55,6 +61,7 @@ def command(
     adapters: tuple[str, ...],
     host: str,
     port: int,
+    allow_host: tuple[str, ...],
     token_file: Path | None,
     max_body: float,
     max_pixels: int,
@@ -97,13 +104,14 @@ def command(
         waiting=max_waiting,
         batch=batch_size,
     )
-    _serve(find_adapters(adapters), host, port, token, limits, backbone, device, as_json)
+    _serve(find_adapters(adapters), host, port, allow_host, token, limits, backbone, device, as_json)
 
 
 def _serve(
     folders: Mapping[str, Path],
     host: str,
     port: int,
+    allowed: Sequence[str],
     token: str | None,
     limits: Limits,
     backbone: str | None,
@@ -112,6 +120,7 @@ def _serve(
 ) -> None:
     from adaptkit.backbones.load import load_backbone
     from adaptkit.serving.app import create_app
+    from adaptkit.serving.hosts import LOCAL
     from adaptkit.serving.server import bind, is_local, serve, url
     from adaptkit.serving.shelf import Shelf
 
@@ -119,7 +128,8 @@ def _serve(
     try:
         given = None if backbone is None else load_backbone(backbone, device=device)
         shelf = Shelf(folders, given, device=device)
-        app = create_app(shelf, limits, token=token)
+        hosts = {*LOCAL, host.lower(), *map(str.lower, allowed)} if is_local(bound) else None
+        app = create_app(shelf, limits, token=token, hosts=hosts)
     except BaseException:
         bound.close()
         raise

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptkit.errors import AdapterError, ConfigError
+from adaptkit.methods.adapter import LABEL_FACTS, AdapterConfig
 
 FEWEST_FOR_TEMPERATURE = 30
 """With fewer held-out images a temperature is little more than chance, and a warning says so."""
@@ -151,6 +153,17 @@ def warning_about(images: int, coverage: float) -> str:
         f"With {images} held-out images the promise of {coverage:g} holds on average over such sets of images; for this"
         f" one the coverage lies between {low:.2f} and {high:.2f} with a chance of {_CHANCE:g}: hold out more."
     )
+
+
+def saved_calibration(config: AdapterConfig, where: str | Path) -> Calibration | None:
+    """An adapter's calibration; None where it has none.
+
+    Raises:
+        AdapterError: It is damaged.
+    """
+    own = config.facts.get(LABEL_FACTS)
+    saved = own.get("calibration") if isinstance(own, Mapping) else None
+    return None if saved is None else read_calibration(saved, str(where))
 
 
 def read_calibration(content: Any, where: str) -> Calibration:

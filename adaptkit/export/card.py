@@ -10,8 +10,9 @@ import yaml
 
 from adaptkit.data.catalogue import CATALOGUE
 from adaptkit.errors import DataError
+from adaptkit.evaluation.calibration import saved_calibration
 from adaptkit.evaluation.results import RunResult, read_run
-from adaptkit.methods.adapter import LABEL_FACTS, AdapterConfig
+from adaptkit.methods.adapter import AdapterConfig
 
 _MOST_NAMES = 50
 _LEVEL = 0.95
@@ -61,7 +62,6 @@ def _section(title: str, facts: dict[str, Any]) -> str:
 def _about(config: AdapterConfig) -> dict[str, Any]:
     names = config.class_names
     shown = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
-    own = config.facts.get(LABEL_FACTS) or {}
     facts = {
         "method": config.method,
         "backbone": f"{config.backbone['name']}, digest `{config.backbone['digest']}` (another one is refused)",
@@ -69,8 +69,9 @@ def _about(config: AdapterConfig) -> dict[str, Any]:
         "templates": "; ".join(config.templates),
         "adaptkit": f"{config.adaptkit_version}, schema {config.schema_version}",
     }
-    if "calibration" in own:
-        facts["calibrated on"] = f"{len(own['calibration'].get('scores', ()))} held-out images"
+    calibration = saved_calibration(config, "the adapter")
+    if calibration is not None:
+        facts["calibrated on"] = f"{len(calibration.scores)} held-out images"
     return facts
 
 

@@ -21,7 +21,7 @@ from adaptkit.storage import read_json, read_safetensors, write_json
 PREFIX = "hf-hub:"
 CARD_FILE = "README.md"
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
-_SENT = (".safetensors", ".json")
+_SENT = (WEIGHTS_FILE, CONFIG_FILE)
 _LOGIN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
 
 
@@ -43,8 +43,9 @@ class Pushed:
 def push(folder: str | Path, repo: str, *, private: bool = False, licence: str | None = None) -> Pushed:
     """Send an adapter to the Hub, in one commit; the repository is made where there is none.
 
-    The card says what is known of the adapter; of a run, with the figures of its `result.json`. Of a dataset that was a
-    path only the last part is sent. Who you are is huggingface_hub's matter (`hf auth login`, HF_TOKEN).
+    The card says what is known of the adapter; of a run, with the figures of its `result.json`. Of a dataset or
+    backbone that is a path only the last part is sent, and no files but the adapter's own. Who you are is
+    huggingface_hub's matter (`hf auth login`, HF_TOKEN).
 
     Args:
         folder: Adapter folder.
@@ -81,23 +82,27 @@ def prepare(folder: str | Path, building: Path, licence: str | None = None) -> N
         read_safetensors(Path(folder) / WEIGHTS_FILE)
     except (StorageError, FileNotFoundError) as error:
         raise AdapterError(f"{Path(folder) / WEIGHTS_FILE} can't be read ({error}): save the adapter again.") from error
-    for path in Path(folder).rglob("*"):
-        if path.suffix in _SENT and path.is_file():
+    for path in Path(folder).rglob("*"):  # peft's layout lies in a folder of its own, under the same names
+        if path.name in _SENT and path.is_file() and not path.is_symlink():
             target = building / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     content = read_json(building / CONFIG_FILE)
     config = _without_paths(config)
-    write_json(building / CONFIG_FILE, {**content, "facts": config.facts})
+    write_json(building / CONFIG_FILE, {**content, "facts": config.facts, "backbone": config.backbone})
     (building / CARD_FILE).write_text(model_card(folder, config, licence), encoding="utf-8")
 
 
 def _without_paths(config: AdapterConfig) -> AdapterConfig:
-    """The facts without folders of this machine."""
-    dataset = config.facts.get("dataset")
-    if not isinstance(dataset, str):
-        return config
-    return replace(config, facts={**config.facts, "dataset": Path(dataset).name})
+    """The same without folders of this machine, of which only the last part is told."""
+    facts, name = dict(config.facts), str(config.backbone["name"])
+    if isinstance(facts.get("dataset"), str):
+        facts["dataset"] = Path(facts["dataset"]).name
+    scheme, colon, rest = name.partition(":")
+    place = Path(rest).expanduser()
+    if colon and (scheme == "local-dir" or rest.startswith((".", "~")) or place.is_absolute() or place.is_dir()):
+        name = f"{scheme}:{place.name}"
+    return replace(config, facts=facts, backbone={**config.backbone, "name": name})
 
 
 def is_on_hub(source: str | Path) -> bool:

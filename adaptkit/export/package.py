@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from adaptkit import __version__
 from adaptkit.backbones.load import load_backbone
 from adaptkit.errors import ConfigError
+from adaptkit.evaluation.calibration import Calibration, check_probability
 from adaptkit.export import formats, standalone
 from adaptkit.export.fold import fold
 from adaptkit.export.merge import check_mergeable, write_merged
-from adaptkit.export.parity import check_near, measure
+from adaptkit.export.parity import Promise, check_near, measure
 from adaptkit.export.probes import drawn_probes, own_probes
 from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import Method, render_prompts
@@ -31,6 +33,9 @@ Format = Literal["onnx", "torch", "open-clip"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SCHEMA_VERSION = 1
 PARITY_FILE = "parity.json"
+COVERAGE = 0.9
+"""Of the sets of a calibrated adapter, where nothing else is said."""
+
 _MODEL_FILES = {
     "onnx": formats.ONNX_FILE,
     "torch": formats.TORCH_FILE,
@@ -61,7 +66,9 @@ def export_adapter(
     format: Format,
     *,
     labels: Sequence[Any] | None = None,
-    temperature: float = 1.0,
+    calibration: Calibration | None = None,
+    coverage: float | None = None,
+    abstain_below: float | None = None,
     images: str | Path | None = None,
     int8: bool = False,
     overwrite: bool = False,
@@ -74,8 +81,10 @@ def export_adapter(
         folder: Where to; must not exist or be empty, unless `overwrite`. It appears whole or not at all.
         format: "onnx", "torch" (torch.export) or "open-clip" (a checkpoint, for methods that learn inside the towers).
         labels: What to call the classes, in their order; None for their names.
-        temperature: What logits are divided by before they become probabilities (see `FewShotClassifier.calibrate`);
-            it is written down beside the labels, the model gives plain logits.
+        calibration: What held-out images taught (see `FewShotClassifier.calibrate`). It is written down beside the
+            labels, for probabilities and sets of labels; the model gives plain logits.
+        coverage: How often the true class shall be in an image's set, between 0 and 1; None for 0.9.
+        abstain_below: Of the probability: the README's Python gives no answer where the likeliest class has less.
         images: A folder of images to compare on; those in folders called like a class are labelled. None draws some.
         int8: Write ONNX in 8 bits as well, and measure what that changes.
         overwrite: Replace an existing folder.
@@ -85,12 +94,15 @@ def export_adapter(
         The parity report, as it stands in `parity.json`.
 
     Raises:
-        ConfigError: An unknown format, or settings that don't go together.
+        ConfigError: An unknown format, settings that don't go together, or a coverage without a calibration.
         UnsupportedError: The method or its backbone has no such form, or what was written answers otherwise.
         DataError: The images can't be used.
         StorageError: The folder can't be written, or isn't empty.
     """
     check_exportable(type(model.method), format, int8=int8)
+    promise = promise_of(calibration, coverage)
+    if abstain_below is not None:
+        check_probability("abstain_below", abstain_below)
     names = list(model.class_names) if labels is None else list(labels)
     with tempfile.TemporaryDirectory() as drawn:
         probes = drawn_probes(Path(drawn)) if images is None else own_probes(Path(images), names, model.class_names)
@@ -102,14 +114,32 @@ def export_adapter(
                 "format": format,
                 "method": model.method.name,
                 "backbone": {"name": model.backbone.spec.name, "digest": model.backbone.spec.digest},
-                **measure(model, probes, answers, progress),
+                **measure(model, probes, answers, progress, promise),
             }
             check_near(report["models"][_MODEL_FILES[format]], building / _MODEL_FILES[format])
             for name, facts in report["models"].items():
                 facts["bytes"] = (building / name).stat().st_size
-            _write_facts(model, building, names, temperature, report)
+            _write_facts(model, building, names, promise, abstain_below, report)
             (building / "README.md").write_text(_readme(model, format, names, report), encoding="utf-8")
     return report
+
+
+def promise_of(calibration: Calibration | None, coverage: float | None) -> Promise | None:
+    """What is promised about sets of labels; None without a calibration.
+
+    Raises:
+        ConfigError: A coverage that is no probability, or that nothing stands behind.
+    """
+    if coverage is not None:
+        check_probability("coverage", coverage)
+    if calibration is None:
+        if coverage is not None:
+            raise ConfigError(
+                "A coverage needs a classifier that was calibrated: call FewShotClassifier.calibrate with held-out"
+                " images and save it again, or leave the coverage out."
+            )
+        return None
+    return Promise(calibration, COVERAGE if coverage is None else coverage)
 
 
 def _write(
@@ -151,13 +181,21 @@ def _checkpoint_answer(method: Method, folder: Path) -> formats.Answer:
 
 
 def _write_facts(
-    model: AdaptedModel, folder: Path, labels: Sequence[Any], temperature: float, report: Mapping[str, Any]
+    model: AdaptedModel,
+    folder: Path,
+    labels: Sequence[Any],
+    promise: Promise | None,
+    abstain_below: float | None,
+    report: Mapping[str, Any],
 ) -> None:
     facts = {
         "labels": list(labels),
         "class_names": list(model.class_names),
         "templates": list(model.method.templates),
-        "temperature": temperature,
+        "temperature": 1.0 if promise is None else promise.calibration.temperature,
+        "scores": None if promise is None else list(promise.calibration.scores),
+        "coverage": None if promise is None else promise.coverage,
+        "abstain_below": abstain_below,
     }
     write_json(folder / "labels.json", facts)
     write_json(folder / "preprocessing.json", model.backbone.spec.preprocessing.to_dict())
@@ -173,27 +211,15 @@ logits = session.run(["logits"], {"pixels": pixels})[0]  # [images, classes]""",
 logits = program(torch.from_numpy(pixels)).detach().numpy()  # [images, classes]""",
 }
 _IMPORTS = {"onnx": "import onnxruntime\n", "torch": "import torch\n", "open-clip": "import open_clip\nimport torch\n"}
-_TAIL = """
+_FACTS = """
 folder, paths = ".", ["image.jpg"]  # this folder, and your images
 facts = json.load(open(f"{folder}/labels.json", encoding="utf-8"))
-settings = json.load(open(f"{folder}/preprocessing.json", encoding="utf-8"))
-pixels = np.stack([to_input(read_rgb(path), settings) for path in paths])  # float32 [images, 3, size, size]
-{run}
-odds = np.exp((logits - logits.max(axis=1, keepdims=True)) / facts["temperature"])
-odds /= odds.sum(axis=1, keepdims=True)
-for path, row in zip(paths, odds):
-    print(path, facts["labels"][row.argmax()], f"{row.max():.3f}")
 """
-_OPEN_CLIP = """import json
-
-import open_clip
-import torch
-from PIL import Image
-
-folder, paths = ".", ["image.jpg"]  # this folder, and your images
-model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+_PIXELS = """settings = json.load(open(f"{folder}/preprocessing.json", encoding="utf-8"))
+pixels = np.stack([to_input(read_rgb(path), settings) for path in paths])  # float32 [images, 3, size, size]
+"""
+_OPEN_CLIP = """model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-facts = json.load(open(f"{folder}/labels.json", encoding="utf-8"))
 names = [name.replace("_", " ") for name in facts["class_names"]]
 with torch.no_grad():
     texts = sum(
@@ -202,9 +228,16 @@ with torch.no_grad():
     )
     texts = torch.nn.functional.normalize(texts, dim=-1)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
-    logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ texts.T
-for path, row in zip(paths, logits / facts["temperature"]):
-    print(path, facts["labels"][int(row.argmax())], f"{float(row.softmax(0).max()):.3f}")
+    logits = (model.logit_scale.exp() * model.encode_image(images, normalize=True) @ texts.T).numpy()
+"""
+_TAIL = """
+odds = probabilities(logits, facts["temperature"])
+for path, row in zip(paths, odds):
+    sure = row.max() >= (facts["abstain_below"] or 0)
+    print(path, facts["labels"][row.argmax()] if sure else None, f"{row.max():.3f}")
+if facts["scores"]:  # of a calibrated classifier: the true label is among these as often as facts["coverage"] says
+    for path, row in zip(paths, in_set(odds, facts["scores"], facts["coverage"])):
+        print(path, [label for label, inside in zip(facts["labels"], row) if inside])
 """
 _NEEDS = {
     "onnx": "It needs onnxruntime, NumPy and Pillow; neither torch nor adaptkit.",
@@ -220,16 +253,17 @@ torch {version}; PyTorch doesn't promise that other versions read it. The ONNX f
 
 def snippet(format: Format) -> str:
     """The Python that an exported folder's README shows."""
-    if format == "open-clip":
-        return _OPEN_CLIP
-    parts = "\n\n".join(inspect.getsource(part) for part in (standalone.read_rgb, standalone.to_input))
-    parts = (
-        parts.replace("path: Any", "path")
-        .replace(": dict[str, Any]) -> Any", ")")
-        .replace("image: Image.Image, ", "image, ")
-    )
-    head = "import json\n\nimport numpy as np\n" + _IMPORTS[format] + "from PIL import Image, ImageOps\n\n\n"
-    return head + parts + "\n" + _TAIL.replace("{run}", _RUN[format])
+    reading = () if format == "open-clip" else (standalone.read_rgb, standalone.to_input)
+    parts = "\n\n".join(map(_shown, (*reading, standalone.probabilities, standalone.in_set)))
+    pillow = "from PIL import Image" + (", ImageOps" if reading else "")
+    head = f"import json\n\nimport numpy as np\n{_IMPORTS[format]}{pillow}\n\n\n"
+    return head + parts + "\n" + _FACTS + (_PIXELS + _RUN[format] if reading else _OPEN_CLIP.rstrip()) + _TAIL
+
+
+def _shown(function: Callable[..., Any]) -> str:
+    """A function's text without its types."""
+    first, rest = inspect.getsource(function).split("\n", 1)
+    return re.sub(r": (dict\[.*?\]|[\w.]+)(?=[,)])| -> [\w.]+(?=:)", "", first) + "\n" + rest
 
 
 def _readme(model: AdaptedModel, format: Format, labels: Sequence[Any], report: Mapping[str, Any]) -> str:
@@ -245,6 +279,7 @@ def _readme(model: AdaptedModel, format: Format, labels: Sequence[Any], report: 
         snippet(format).rstrip(),
         "```",
         *([_TRUST.format(version=torch.__version__)] if format == "torch" else [""]),
+        *_promise_lines(report),
         "## How near it is to the adapter",
         "",
         *_parity_lines(report),
@@ -259,22 +294,39 @@ def _readme(model: AdaptedModel, format: Format, labels: Sequence[Any], report: 
 
 def _parity_lines(report: Mapping[str, Any]) -> list[str]:
     """The report as a table; counts of images say how much it is worth."""
-    probes = report["probes"]
+    probes, sets = report["probes"], report.get("sets")
+    columns = ["File", "MB", "Largest difference of a logit", "Same first class", *(["Same set"] if sets else [])]
+    columns += (["Accuracy"] + ["True class in the set", "Classes in a set"] * bool(sets)) * bool(probes["labelled"])
     rows = [
         f"Measured while exporting, on {probes['what']} ({probes['images']} files), preprocessing included; the largest"
         f" difference of an input's value is {report['inputs_max_difference']:.1e}.",
         "",
-        "| File | MB | Largest difference of a logit | Same first class |"
-        + (" Accuracy |" if probes["labelled"] else ""),
-        "|---|---|---|---|" + ("---|" if probes["labelled"] else ""),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for name, facts in report["models"].items():
-        row = (
-            f"| `{name}` | {facts['bytes'] / 1e6:.1f} | {facts['max_difference']:.1e} of {facts['largest_logit']:.1f} |"
-        )
-        row += f" {100 * facts['top1_agreement']:.1f} % |"
-        rows.append(row + (f" {100 * facts['accuracy']:.1f} % |" if probes["labelled"] else ""))
+        cells = [f"`{name}`", f"{facts['bytes'] / 1e6:.1f}"]
+        cells.append(f"{facts['max_difference']:.1e} of {facts['largest_logit']:.1f}")
+        shares = [facts[key] for key in ("top1_agreement", "same_sets", "accuracy", "coverage") if key in facts]
+        cells += [f"{100 * share:.1f} %" for share in shares]
+        cells += [f"{facts['set_size']:.1f}"] if "set_size" in facts else []
+        rows.append(f"| {' | '.join(cells)} |")
     if probes["labelled"]:
         adapter = 100 * report["adapter_accuracy"]
         rows += ["", f"The adapter itself is right on {adapter:.1f} % of the {probes['labelled']} labelled images."]
     return rows
+
+
+def _promise_lines(report: Mapping[str, Any]) -> list[str]:
+    """What the sets of labels are worth."""
+    if (sets := report.get("sets")) is None:
+        return []
+    lines = [
+        "## Sets of labels",
+        "",
+        f"Calibrated on {sets['held_out']} held-out images. The true class is in an image's set in"
+        f" {100 * sets['coverage']:g} % of cases on average, for images like those; any coverage can be written into"
+        " `labels.json`. The promise is the adapter's, in full precision.",
+        "",
+    ]
+    return [*lines, f"**Warning:** {sets['warning']}", ""] if sets["warning"] else lines

@@ -1,8 +1,8 @@
-"""From an image file to a model's input, with nothing but NumPy and Pillow.
+"""From an image file to a model's input, and from its logits to labels, with nothing but NumPy and Pillow.
 
 The functions below are what an exported folder's README shows: its text is this file's, so that what is measured
-while exporting is what people copy. They do what `adaptkit.data.images` and `adaptkit.data.transforms` do; tests
-compare them.
+while exporting is what people copy. They do what `adaptkit.data.images`, `adaptkit.data.transforms` and
+`adaptkit.evaluation.calibration` do; tests compare them.
 """
 
 from __future__ import annotations
@@ -38,3 +38,20 @@ def to_input(image: Image.Image, settings: dict[str, Any]) -> Any:
     mean, std = (np.array(settings[name], dtype=np.float32) for name in ("mean", "std"))
     values = np.asarray(image, dtype=np.float32) / 255
     return ((values - mean) / std).transpose(2, 0, 1)
+
+
+def probabilities(logits: Any, temperature: float) -> Any:
+    """Probabilities [images, classes] of logits [images, classes]."""
+    odds = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def in_set(odds: Any, scores: Any, coverage: float) -> Any:
+    """Which classes are in each image's set, the true one as often as `coverage` says; bool [images, classes].
+
+    `scores` are 1 - the true class's probability of held-out images, in rising order.
+    """
+    rank = int(np.ceil((len(scores) + 1) * coverage - 1e-9))
+    inside = 1 - odds <= (scores[rank - 1] if rank <= len(scores) else 1)  # too few of them: every class
+    inside[np.arange(len(odds)), odds.argmax(axis=1)] = True
+    return inside

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,7 +24,9 @@ from starlette.responses import JSONResponse, Response
 
 from adaptkit import __version__
 from adaptkit.errors import ConfigError, DataError, UnknownNameError
+from adaptkit.evaluation.calibration import warning_about
 from adaptkit.serving.batching import Batcher, BusyError
+from adaptkit.serving.hosts import LocalOnly
 from adaptkit.serving.limits import Limits
 from adaptkit.serving.metrics import Counting, Metrics
 from adaptkit.serving.reading import FIELD, Sent, read_images
@@ -95,9 +97,10 @@ class Prediction(BaseModel):
 
 
 class Predictions(BaseModel):
-    """A prediction per image and adapter."""
+    """A prediction per image and adapter, and what to know about the coverage that was asked for."""
 
     predictions: list[Prediction]
+    warnings: list[str]
 
 
 _Responses = dict[int | str, dict[str, Any]]
@@ -112,13 +115,16 @@ _REFUSALS: _Responses = {
 }
 
 
-def create_app(shelf: Shelf, limits: Limits | None = None, *, token: str | None = None) -> FastAPI:
+def create_app(
+    shelf: Shelf, limits: Limits | None = None, *, token: str | None = None, hosts: Collection[str] | None = None
+) -> FastAPI:
     """An app that answers with the adapters of a shelf.
 
     Args:
         shelf: The adapters.
         limits: What is accepted.
         token: What requests must bring as bearer token (`/health` needs none); None lets everyone in.
+        hosts: Names that the server answers to, for one that only this machine can reach; None for any.
     """
     service = _Service(shelf, limits or Limits())
     app = FastAPI(
@@ -132,6 +138,8 @@ def create_app(shelf: Shelf, limits: Limits | None = None, *, token: str | None 
     )
     app.state.service = service
     app.add_middleware(Counting, metrics=service.metrics)
+    if hosts is not None:
+        app.add_middleware(LocalOnly, hosts=hosts)  # type: ignore[arg-type,unused-ignore]
     guarded: list[Any] = [] if token is None else [Depends(_Guard(token))]
     refused: _Responses = {} if token is None else {401: {"model": Problem, "description": "No token, or a wrong one"}}
     shared: dict[str, Any] = {"dependencies": guarded, "methods": ["GET"]}
@@ -253,8 +261,7 @@ class _Service:
     ) -> Predictions:
         """Class names with probabilities for uploaded images."""
         names, wish = self.shelf.choose(adapter), _Wish(top, abstain_below, coverage)
-        if coverage is not None:
-            self._check_calibrated(names)
+        warnings = [] if coverage is None else self._warnings(names, coverage)
         with self._admitted():
             sent = await read_images(request, self.limits)
             logits = await self._logits(sent, names)
@@ -264,16 +271,27 @@ class _Service:
                 _prediction(self.shelf[name], found[name], wish, image=place, file=image.file, adapter=name)
                 for place, (image, found) in enumerate(zip(sent, logits, strict=True))
                 for name in names
-            ]
+            ],
+            warnings=warnings,
         )
 
-    def _check_calibrated(self, names: tuple[str, ...]) -> None:
-        bare = [name for name in names if self.shelf[name].calibration is None]
-        if bare:
-            raise ConfigError(
-                f"The adapter {bare[0]!r} wasn't calibrated on held-out images, so it promises no coverage: leave"
-                " coverage out."
-            )
+    def _warnings(self, names: tuple[str, ...], coverage: float) -> list[str]:
+        """Where an adapter's held-out images are too few for the coverage.
+
+        Raises:
+            ConfigError: One has none.
+        """
+        warnings = []
+        for name in names:
+            calibration = self.shelf[name].calibration
+            if calibration is None:
+                raise ConfigError(
+                    f"The adapter {name!r} wasn't calibrated on held-out images, so it promises no coverage: leave"
+                    " coverage out."
+                )
+            warning = warning_about(len(calibration.scores), coverage)
+            warnings += [f"{name}: {warning}"] if warning else []
+        return warnings
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ class Limits:
         body_bytes: Largest body of a request.
         pixels: Largest image, in pixels; larger ones aren't decoded.
         images: Images in a request.
-        seconds: Time for a body to arrive, and again for it to be answered.
+        seconds: Time for a request's head to arrive, again for its body, and again for it to be answered.
         requests: Predictions worked on at once; further ones are told to come again.
         waiting: Images in the server at once, over all requests.
         batch: Images encoded at once.

@@ -88,7 +88,7 @@ async def read_images(request: Request, limits: Limits) -> list[Sent]:
         raise HTTPException(408, f"The body didn't arrive within {limits.seconds:g} seconds.") from error
     except ClientDisconnect as error:
         raise HTTPException(400, "The connection was closed before the body was whole.") from error
-    sent = _from_json(body) if media == b"application/json" else await _from_form(body, request.headers, limits)
+    sent = _from_json(body, limits) if media == b"application/json" else await _from_form(body, request.headers, limits)
     if not sent:
         raise HTTPException(422, f"There are no images. {_ACCEPTED}")
     if len(sent) > limits.images:
@@ -113,7 +113,10 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def _from_json(body: bytes) -> list[Sent]:
+def _from_json(body: bytes, limits: Limits) -> list[Sent]:
+    # an image needs one comma, and one more as data URL; millions of values would take seconds and much memory to read
+    if body.count(b",") > 2 * limits.images:
+        raise _too_many(limits)
     try:
         return [Sent(text) for text in Base64Images.model_validate_json(body).images]
     except ValidationError as error:
@@ -140,11 +143,13 @@ async def _from_form(body: bytes, headers: Headers, limits: Limits) -> list[Sent
     except (FormParserError, UnicodeError, ValueError) as error:
         raise HTTPException(422, f"The form can't be read. {_ACCEPTED}") from error
     sent = []
-    for name, value in form.multi_items():
-        if not isinstance(value, UploadFile):  # the parser lets none through
-            continue
-        if name != FIELD:
-            raise HTTPException(422, f"The field {name[:40]!r} isn't known. {_ACCEPTED}")
-        sent.append(Sent(await value.read(), (value.filename or "")[:255] or None))
-    await form.close()
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):  # the parser lets none through
+                continue
+            if name != FIELD:
+                raise HTTPException(422, f"The field {name[:40]!r} isn't known. {_ACCEPTED}")
+            sent.append(Sent(await value.read(), (value.filename or "")[:255] or None))
+    finally:
+        await form.close()
     return sent

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adaptkit.errors import ConfigError
 from adaptkit.serving.limits import Limits
@@ -54,15 +57,68 @@ def url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Protocol(H11Protocol):
+    """HTTP as uvicorn speaks it, but a request's head must arrive in time; uvicorn waits for it without end.
+
+    Args:
+        seconds: From the connection, or from the first byte after an answer, to the end of the head.
+    """
+
+    def __init__(self, *words: Any, seconds: float, **named: Any) -> None:
+        super().__init__(*words, **named)
+        self._seconds = seconds
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle is not None:  # a request whose body isn't HTTP: what the app says to it can't be sent any more
+            self.cycle.disconnected = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def _watch(self) -> None:
+        """Start to wait for a head, once, or stop where it has come."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._late is None:
+            self._late = self.loop.call_later(self._seconds, self._close)
+
+    def _forget(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _close(self) -> None:
+        self._late = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Tells when it listens."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._ready = ready
+        self._early = False
+
+    def stop_early(self, *_: Any) -> None:
+        """Remember a signal that comes before uvicorn listens for them."""
+        self._early = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self.should_exit = self.should_exit or self._early
         self._ready()
 
 
@@ -77,7 +133,7 @@ def serve(app: Any, bound: socket.socket, limits: Limits, ready: Callable[[], No
     """
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=cast("type[asyncio.Protocol]", partial(_Protocol, seconds=limits.seconds)),
         ws="none",
         loop="asyncio",
         log_level="warning",
@@ -88,10 +144,11 @@ def serve(app: Any, bound: socket.socket, limits: Limits, ready: Callable[[], No
         timeout_graceful_shutdown=int(2 * limits.seconds) + 5,
     )
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # forms that can't be read are the sender's matter
+    server = _Server(config, ready)
     # uvicorn raises the signal again when it is done: having stopped in good order is no failure
-    kept = {kind: signal.signal(kind, lambda *_: None) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kept = {kind: signal.signal(kind, server.stop_early) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _Server(config, ready).run(sockets=[bound])
+        server.run(sockets=[bound])
     finally:
         for kind, handler in kept.items():
             signal.signal(kind, handler)

@@ -16,9 +16,9 @@ from torch import Tensor
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.load import load_backbone
 from adaptkit.errors import AdapterError, AdaptKitError, ConfigError, UnknownNameError
-from adaptkit.evaluation.calibration import Calibration, read_calibration, softmax
+from adaptkit.evaluation.calibration import Calibration, saved_calibration, softmax
 from adaptkit.export.adapter_set import AdapterSet
-from adaptkit.methods.adapter import LABEL_FACTS, AdapterConfig, read_adapter_config, saved_labels
+from adaptkit.methods.adapter import AdapterConfig, read_adapter_config, saved_labels
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_CARD_BYTES = 64 * 1024
@@ -164,8 +164,7 @@ def _raise(problems: Sequence[str]) -> None:
 
 def _read(folder: Path) -> Listed:
     config = read_adapter_config(folder)
-    saved = (config.facts.get(LABEL_FACTS) or {}).get("calibration")
-    calibration = None if saved is None else read_calibration(saved, str(folder))
+    calibration = saved_calibration(config, folder)
     card = folder / "README.md"
     text = ""
     if card.is_file():

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from adaptkit.serving.hosts import LOCAL, App, Receive, Scope, Send, headers_of, names_one
 
 TOKEN_HEADER = "x-studio-token"
 MAX_BODY = 256 * 2**20
@@ -46,9 +43,7 @@ class Guard:
 
     def __init__(self, app: App, token: str, port: int) -> None:
         self.app, self.token = app, token
-        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
-        if port == 80:
-            self.hosts |= {"127.0.0.1", "localhost", "[::1]"}
+        self.hosts = LOCAL if port == 80 else tuple(f"{name}:{port}" for name in LOCAL)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
@@ -65,9 +60,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and sentence for a request that is refused."""
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        headers = headers_of(scope)
         host = headers.get("host", "").lower()
-        if host not in self.hosts:
+        if not names_one(host, self.hosts):
             return 421, "The studio answers on localhost only."
         if headers.get("origin", f"http://{host}").lower() != f"http://{host}":
             return 403, "The studio answers its own page only."

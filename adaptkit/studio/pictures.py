@@ -29,7 +29,7 @@ THUMBNAIL = 256
 # by what a file is, not by what it was called: browsers go by the name
 _SUFFIXES = {
     "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "DIB": ".bmp", "GIF": ".gif",
-    "TIFF": ".tif", "PPM": ".ppm", "ICO": ".ico", "JPEG2000": ".jp2",
+    "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2",
 }  # fmt: skip
 
 
@@ -97,24 +97,32 @@ def read_file(path: Path) -> bytes:
     """An image file's bytes.
 
     Raises:
-        DataError: It is too large or can't be read.
+        DataError: It is too large, can't be read, or is a pipe or device, which may have no end.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path.name} is larger than {MAX_BYTES / 2**20:.0f} MB.")
-        return path.read_bytes()
+        if not path.is_file():
+            raise DataError(f"{path.name} is no file (any more).")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{path.name} is larger than {MAX_BYTES / 2**20:.0f} MB.")
+    return content
 
 
-def find_images(folder: str) -> list[Found]:
+def find_images(folder: str, leave_out: Path | None = None) -> list[Found]:
     """The images below a folder, sorted; those below a folder in it are of the class of that folder's name.
 
-    Hidden files and folders are left out, and links aren't followed.
+    Hidden files and folders are left out, and links to folders aren't followed.
+
+    Args:
+        folder: As a person writes it.
+        leave_out: A folder that is no source: the project's own.
 
     Raises:
         MissingPathError: No such folder.
-        DataError: It holds no images, or too many; or no path was given.
+        DataError: It holds no images, or too many; no path was given; or it is the project's own.
     """
     text = folder.strip()
     if not text or "\0" in text:
@@ -122,7 +130,10 @@ def find_images(folder: str) -> list[Found]:
     root = Path(os.path.abspath(os.path.expanduser(text)))
     if not root.is_dir():
         raise MissingPathError(f"There is no folder {root}: check its spelling.")
-    found = list(_below(root))
+    own = None if leave_out is None else Path(os.path.realpath(leave_out))
+    if own is not None and Path(os.path.realpath(root)).is_relative_to(own):
+        raise DataError(f"{root} belongs to this project, whose images are here already: name another folder.")
+    found = list(_below(root, own))
     if not found:
         raise DataError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES[:5])}, …): name another folder.")
     if len(found) > MOST_FOUND:
@@ -130,14 +141,18 @@ def find_images(folder: str) -> list[Found]:
     return found
 
 
-def _below(root: Path) -> Iterable[Found]:
+def _below(root: Path, own: Path | None) -> Iterable[Found]:
     count = 0
     for place, folders, files in os.walk(root):
+        if own is not None and Path(os.path.realpath(place)) == own:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         inner = Path(place).relative_to(root).parts
         for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            path = Path(place) / name
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and path.is_file():
                 count += 1
-                yield Found(Path(place) / name, inner[0] if inner else "")
+                yield Found(path, inner[0] if inner else "")
         if count > MOST_FOUND:
             return

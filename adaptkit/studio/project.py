@@ -1,7 +1,8 @@
 """A studio project: one folder that always holds the whole work, and can be opened again after any end.
 
     project.json   classes, images with their labels, settings, and the last changes, for undo
-    images/        a copy of every image, called by the digest of its content; never changed or deleted
+    images/        a copy of every image, called by the digest of its content; never changed, and deleted at the next
+                   opening or closing after no undo can bring it back
     thumbnails/    small pictures for the page; made again where they are missing
 
 Every change is one `Change` (what it was and what it is now, as patches), applied and written in one atomic file before
@@ -10,6 +11,7 @@ anyone is answered. So a kill at any moment leaves the state before the change o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +21,7 @@ from threading import RLock
 
 from adaptkit.errors import ConfigError, StorageError, UnknownNameError
 from adaptkit.storage import atomic_path, try_lock
+from adaptkit.studio.pictures import thumbnail_path
 from adaptkit.studio.state import (
     SCHEMA_VERSION,
     Change,
@@ -68,20 +71,28 @@ class Project:
             raise StorageError(f"{self.folder} is open in another studio: use that one, or end it first.")
         self._handle: int | None = handle
         self.state, self._done, self._undone, self.version = State(settings=settings or Settings()), [], [], 0
+        self._gone: set[str] = set()
         try:
             if file.exists():
-                self.state, self._done, self._undone, self.version = read_project(file)
+                self.state, self._done, self._undone, self.version, self._gone = read_project(file)
             else:
                 self._write(self.state, [], [], 0)
         except BaseException:
-            self.close()
+            self._release()
             raise
+        self._delete_gone()
 
     _done: list[Change]
     _undone: list[Change]
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Let another process have the folder; nothing can be changed here any more."""
+        with self.lock:
+            if self._handle is not None:
+                self._delete_gone()
+                self._release()
+
+    def _release(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -189,7 +200,7 @@ class Project:
                 self._change(done, {"images": changed})
 
     def remove_images(self, images: Sequence[str]) -> None:
-        """Take images out of the project; their files stay in images/, so that this can be undone.
+        """Take images out of the project; their files stay in images/ as long as this can be undone.
 
         Raises:
             UnknownNameError: No such image.
@@ -260,8 +271,26 @@ class Project:
 
     def _keep(self, state: State, done: list[Change], undone: list[Change]) -> None:
         """Written first and believed afterwards: where the disk refuses, nothing has happened."""
-        self._write(state, done, undone, self.version + 1)
+        if self._handle is None:
+            raise StorageError(f"{self.folder} was closed, so nothing can be changed in it: open it again.")
+        kept, before = {id(change) for change in (*done, *undone)}, self._gone
+        forgotten = [change for change in (*self._done, *self._undone) if id(change) not in kept]
+        self._gone = before | {p.file for p in _pictures(forgotten) if p.file.split(".")[0] not in state.images}
+        try:
+            self._write(state, done, undone, self.version + 1)
+        except BaseException:
+            self._gone = before
+            raise
         self.state, self._done, self._undone, self.version = state, done, undone, self.version + 1
+
+    def _delete_gone(self) -> None:
+        """Delete the files of removed images that no undo can bring back; those that came in again stay."""
+        changes = (*self._done, *self._undone)
+        for name in self._gone - {p.file for p in (*self.state.images.values(), *_pictures(changes))}:
+            with contextlib.suppress(OSError):  # a file that can't be deleted only takes room
+                (self.folder / "images" / name).unlink(missing_ok=True)
+                thumbnail_path(self.folder, name.split(".")[0]).unlink(missing_ok=True)
+        self._gone = set()
 
     def _write(self, state: State, done: Sequence[Change], undone: Sequence[Change], version: int) -> None:
         content = {
@@ -270,10 +299,18 @@ class Project:
             **vars(state),
             "done": done,
             "undone": undone,
+            "gone": sorted(self._gone),
         }
         with atomic_path(self.folder / PROJECT_FILE) as temporary:
             # without an indent json writes ten times as fast, and this is written at every click
             temporary.write_text(json.dumps(content, separators=(",", ":"), default=vars), encoding="utf-8")
+
+
+def _pictures(changes: Iterable[Change]) -> Iterable[Picture]:
+    """The images that some changes know, as they were and as they became."""
+    for change in changes:
+        for patch in (change.before, change.after):
+            yield from (picture for picture in patch.get("images", {}).values() if picture is not None)
 
 
 def check_name(name: str, others: Iterable[str]) -> str:
@@ -287,12 +324,13 @@ def check_name(name: str, others: Iterable[str]) -> str:
         raise ConfigError("A class needs a name: write what the images show, such as 'red fox'.")
     if len(text) > LONGEST_NAME or not text.isprintable():
         raise ConfigError(f"A class name has at most {LONGEST_NAME} letters, all of them printable.")
-    if _plain(text) in {_plain(other) for other in others}:
+    if plain_name(text) in {plain_name(other) for other in others}:
         raise ConfigError(f"There is a class {text!r} already: choose another name.")
     return text
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class name as it is compared with others: without case, and with blanks for underscores."""
     return " ".join(name.replace("_", " ").split()).casefold()
 
 

@@ -12,8 +12,8 @@ from adaptkit.errors import StorageError
 from adaptkit.storage import read_json
 
 SCHEMA_VERSION = 1
-_FILE = re.compile(r"^[0-9a-f]{32}\.[a-z0-9]{1,5}$")
-_CLASS_ID = re.compile(r"^c[0-9]{1,9}$")
+_FILE = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,5}")
+_CLASS_ID = re.compile(r"c[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def _over(lower: Patch, upper: Patch) -> Patch:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_project(file: Path) -> tuple[State, list[Change], list[Change], int]:
-    """A project's state, its changes done and undone, and its version.
+def read_project(file: Path) -> tuple[State, list[Change], list[Change], int, set[str]]:
+    """A project's state, its changes done and undone, its version, and files below images/ that it doesn't need.
 
     Raises:
         StorageError: The file is damaged, or a newer adaptkit wrote it.
@@ -152,7 +152,8 @@ def read_project(file: Path) -> tuple[State, list[Change], list[Change], int]:
         if wrong:
             raise ValueError(f"an image has the label {wrong[0]!r}, which is no class")
         done, undone = ([_change(item) for item in content[key]] for key in ("done", "undone"))
-        return state, done, undone, int(content["version"])
+        gone = {_matched(_FILE, name) for name in content.get("gone", ())}
+        return state, done, undone, int(content["version"]), gone
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{file} is damaged ({error}): put a copy of it back.") from error
 
@@ -182,6 +183,6 @@ def _read_picture(key: str, content: Mapping[str, Any]) -> Picture:
 
 
 def _matched(pattern: re.Pattern[str], text: Any) -> str:
-    if not isinstance(text, str) or not pattern.match(text):
+    if not isinstance(text, str) or not pattern.fullmatch(text):
         raise ValueError(f"{text!r:.60} isn't accepted there")
     return text

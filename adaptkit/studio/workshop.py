@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 from adaptkit.backbones.base import Backbone
 from adaptkit.data.features import FeatureStore
 from adaptkit.data.images import load_rgb
-from adaptkit.errors import AdaptKitError, BackboneError, ConfigError, DataError
-from adaptkit.export.package import Format, export_adapter
+from adaptkit.errors import AdaptKitError, BackboneError, ConfigError, DataError, StorageError
+from adaptkit.export.package import PARITY_FILE, Format, export_adapter
 from adaptkit.methods import methods
-from adaptkit.methods.adapter import LABEL_FACTS, AdaptedModel, save_adapter
+from adaptkit.methods.adapter import CONFIG_FILE, LABEL_FACTS, AdaptedModel, save_adapter
 from adaptkit.studio.engine import SEED, Engine
 from adaptkit.studio.pictures import MAX_BYTES, Found, find_images, read_file, take_in, thumbnail_path, write_thumbnail
-from adaptkit.studio.project import LONGEST_NAME, Project
+from adaptkit.studio.project import LONGEST_NAME, Project, check_name, plain_name
 from adaptkit.studio.state import Picture
 from adaptkit.types import DEFAULT_TEMPLATES
 
@@ -178,7 +179,7 @@ class Workshop:
             DataError: The folder isn't there, or has no or too many images.
             ConfigError: Another folder is being copied.
         """
-        found = find_images(path)
+        found = find_images(path, leave_out=self.project.folder)
         if not self._importing.acquire(blocking=False):
             raise ConfigError("Another folder is being copied: wait until it is done.")
         self._problems = []
@@ -213,14 +214,22 @@ class Workshop:
 
     def _classes_for(self, found: Sequence[Found], group: str) -> dict[str, str]:
         """Class ids by folder name; classes that aren't there yet are made."""
-        names = {item.folder: " ".join(item.folder.replace("_", " ").split()) for item in found if item.folder}
-        known = {name.replace("_", " ").casefold(): key for key, name in self.project.state.classes.items()}
-        fresh = sorted({name for name in names.values() if name.casefold() not in known})
-        for name in fresh:
-            self._check_readable(name)
+        known = {plain_name(name): key for key, name in self.project.state.classes.items()}
+        fresh: dict[str, str] = {}
+        folders = sorted({item.folder for item in found if item.folder})
+        for folder in folders:
+            plain, name = plain_name(folder), folder.replace("_", " ")
+            if plain in known or plain in fresh:
+                continue
+            try:
+                fresh[plain] = check_name(name, ())
+                self._check_readable(fresh[plain])
+            except ConfigError as error:
+                fresh.pop(plain, None)
+                self._problems.append(f"The images of the folder {folder!r:.120} come in without a class: {error}")
         if fresh:
-            known.update(zip([name.casefold() for name in fresh], self.project.add_classes(fresh, group), strict=True))
-        return {folder: known[name.casefold()] for folder, name in names.items()}
+            known.update(zip(fresh, self.project.add_classes(list(fresh.values()), group), strict=True))
+        return {folder: known[plain_name(folder)] for folder in folders if plain_name(folder) in known}
 
     def make_thumbnail(self, image: str) -> None:
         """Make the small picture of an image again."""
@@ -261,6 +270,7 @@ class Workshop:
         """Write the classifier as an adapter folder in the project's folder; replaces the last one."""
         model = self.model()
         folder = self.project.folder / ADAPTER
+        _check_own(folder, CONFIG_FILE)
         facts = {LABEL_FACTS: {"labels": list(model.class_names)}, "seed": SEED}
         return save_adapter(folder, model, facts, overwrite=True)
 
@@ -275,8 +285,24 @@ class Workshop:
             raise ConfigError(f"The studio exports onnx and torch, not {format!r}.")
         model = self.model()
         folder = self.project.folder / f"exported-{format}"
+        _check_own(folder, PARITY_FILE)
         wanted: Format = "onnx" if format == "onnx" else "torch"
         return folder, export_adapter(model, folder, wanted, overwrite=True)
+
+
+def _check_own(folder: Path, mark: str) -> None:
+    """Refuse to replace what the studio didn't write.
+
+    Args:
+        folder: What would be replaced.
+        mark: A file that the studio's own folder has.
+
+    Raises:
+        StorageError: It is a link, a file, or holds other things.
+    """
+    own = not os.path.lexists(folder) or (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir())))
+    if folder.is_symlink() or not own:
+        raise StorageError(f"{folder} isn't what the studio wrote, so it isn't replaced: move it away, then try again.")
 
 
 _CODE = """import json

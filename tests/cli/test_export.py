@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from adaptkit import FewShotClassifier
 from adaptkit.backbones.load import load_backbone
+from adaptkit.evaluation.calibration import CalibrationWarning
 from adaptkit.methods.adapter import load_adapter
 
 pytest.importorskip("peft")
@@ -82,6 +85,47 @@ def test_onnx_compared_on_labelled_images(call, refused, photos, tmp_path):
     assert abs(small["accuracy"] - full["accuracy"]) < 0.2
     assert "labelled images" in (out / "README.md").read_text()
     assert "not empty" in refused(*words)
+
+
+def test_sets_of_labels(call, refused, photos, tmp_path):
+    """Coverage is checked against the calibration before any work, measured while exporting, and warned about."""
+    classifier = FewShotClassifier("linear-probe", settings={"search": False}).fit(photos)
+    assert "needs a classifier that was calibrated" in refused(
+        "export", classifier.save(tmp_path / "plain"), "--format", "torch", "--coverage", 0.9, "--out", tmp_path / "out"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        classifier.calibrate(photos, None)
+    words = ("export", classifier.save(tmp_path / "saved"), "--format", "torch", "--images", photos)
+    words = (*words, "--out", tmp_path / "out")
+    assert "--abstain-below is 3.0" in refused(*words, "--abstain-below", 3)
+    assert "coverage is 1.0" in refused(*words, "--coverage", 1)
+    assert not (tmp_path / "out").exists()
+    outcome = call(*words, "--coverage", 0.9, "--abstain-below", 0.7)
+    assert outcome.exit_code == 0, outcome.output
+    assert "warning: With 32 held-out images the promise of 0.9 holds on average" in outcome.stderr
+    report = json.loads((tmp_path / "out/parity.json").read_text())
+    facts = report["models"]["model.pt2"]
+    assert facts["same_sets"] == 1
+    assert facts["coverage"] == report["adapter_coverage"] >= 0.9
+    assert facts["set_size"] == report["adapter_set_size"] >= 1
+    assert json.loads((tmp_path / "out/labels.json").read_text())["abstain_below"] == 0.7
+
+
+def test_the_adapter_is_not_replaced_by_its_export(call, refused, photos, tmp_path):
+    run = tmp_path / "run"
+    outcome = call("run", photos, "--method", "zero-shot", "--shots", 4, "--out", run)
+    assert outcome.exit_code == 0, outcome.output
+    for out in (run, run / "adapter", tmp_path / "link"):
+        if out.name == "link":
+            out.symlink_to(run)
+        assert "would be replaced" in refused("export", run, "--format", "torch", "--out", out, "--overwrite")
+    words = ("--format", "torch", "--images", photos / "oak", "--out", photos, "--overwrite")
+    assert "would be replaced" in refused("export", run, *words)
+    words = ("--method", "zero-shot", "--shots", 4, "--out", photos, "--overwrite")
+    assert "would be replaced" in refused("run", photos, *words)
+    assert (run / "adapter/adapter_config.json").is_file()
+    assert len(list(photos.rglob("*.png"))) == 32
 
 
 def test_what_cannot_be_folded(refused, trained, tmp_path):

@@ -79,9 +79,12 @@ def test_every_adapter_about_every_image(backbone, adapters, models, counted):
 
 def test_each_image_to_an_adapter_of_its_own(backbone, adapters, models, counted):
     names = ["lora-a", "vpt", "tip-adapter", "lora-b", "dora", "tip-adapter", "lora-a", "peft-lora", "clip-adapter"]
-    pixels = query(backbone, "images", len(names))
+    pixels, through = query(backbone, "images", len(names)), []
+    hook = adapters._lora._tower.register_forward_hook(lambda tower, inputs, output: through.append(len(inputs[0])))
     answers = adapters.route(pixels, names)
+    hook.remove()
     assert counted == [3]
+    assert through == [4]  # three LoRA adapters in one run, each row by its own updates
     for row, name in enumerate(names):
         with torch.no_grad():
             close(answers[row].clone(), models[name](pixels[row : row + 1])[0])

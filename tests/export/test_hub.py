@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from huggingface_hub import constants, hf_api
 
 from adaptkit import load
 from adaptkit.commands.main import main
+from adaptkit.commands.serve import find_adapters
+from adaptkit.data.transforms import to_pixels
 from adaptkit.errors import AdapterError, ConfigError, StorageError
 from adaptkit.export.hub import fetch, push
+from adaptkit.serving.shelf import Shelf
 from tests.cli.conftest import call, photos  # noqa: F401  # fixtures
 from tests.export.hub_server import hub
 from tests.serving.made import COLOURS, picture, save_adapters
@@ -114,6 +118,74 @@ def test_the_card_of_a_run(server, call, photos, tmp_path):  # noqa: F811
     assert "license" not in outcome.stdout
     assert outcome.stdout == card.replace("license: mit\n", "").replace("adapter: mit", "adapter: not stated")
     assert len(server.commits[REPO]) == 1
+
+
+def test_names_on_the_hub_are_taken_by_every_verb(server, folders, call, photos, tmp_path):  # noqa: F811
+    """By `predict`, `export` and `serve`; by commit, by branch, and in a server's NAME=ADAPTER."""
+    sent = push(folders["sure"], REPO)
+    image = photos / "oak/0.png"
+    wanted = json.loads(call("predict", folders["sure"], image, "--coverage", 0.9, "--json").stdout)["predictions"]
+    asked = 0
+    for name in (sent.name, f"hf-hub:{REPO}", f"hf-hub:{REPO}@main"):
+        outcome = call("predict", name, image, "--coverage", 0.9, "--json")
+        assert outcome.exit_code == 0, outcome.output
+        assert json.loads(outcome.stdout)["predictions"] == wanted
+        assert "36 held-out images" in outcome.stderr
+        asked += 1
+    assert asked == 3
+    outcome = call("export", sent.name, "--format", "torch", "--coverage", 0.9, "--out", tmp_path / "out", "--json")
+    assert outcome.exit_code == 0, outcome.output
+    report = json.loads(outcome.stdout)["parity"]
+    assert report["models"]["model.pt2"]["same_sets"] == 1
+    assert "36 held-out images" in report["sets"]["warning"]
+    push(folders["cache"], "somebody/numbers")
+    found = find_adapters([sent.name, "numbers=hf-hub:somebody/numbers@main"])
+    assert list(found) == ["leaves", "numbers"]
+    shelf = Shelf(found)
+    pixels = to_pixels(picture("oak", 7), shelf.backbone.spec.preprocessing)
+    (answer,) = shelf.answer(pixels[None], [("leaves", "numbers")])
+    assert {name: len(row) for name, row in answer.items()} == {"leaves": 3, "numbers": 3}
+    with pytest.raises(AdapterError, match="no such repository"):
+        find_adapters(["hf-hub:somebody/nothing"])
+    for words in (("predict", "hf-hub:somebody/nothing", image), ("export", "hf-hub:a/b/c", "--out", tmp_path / "x")):
+        outcome = call(*words)
+        assert (outcome.exit_code, outcome.stdout) == (2, "")
+        assert "Traceback" not in outcome.output
+
+
+def test_nothing_else_of_this_machine_is_sent(server, folders, tmp_path):
+    """Neither other files of the folder, nor links out of it, nor where a backbone lies."""
+    folder = tmp_path / "mine"
+    shutil.copytree(folders["probe"], folder)
+    for name in ("credentials.json", "faces.safetensors", "notes.txt", "peft/adapter_config.json", "peft/secret.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "linked").mkdir()
+    (folder / "linked" / "adapter_config.json").symlink_to(folder / "credentials.json")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    told = 0
+    for name, shown in (
+        ("local-dir:/home/me/models/birds@int8", "local-dir:birds@int8"),
+        (f"transformers:{tmp_path}", f"transformers:{tmp_path.name}"),
+        ("transformers:~/models/clip", "transformers:clip"),
+        ("transformers:openai/clip-vit-base-patch16", "transformers:openai/clip-vit-base-patch16"),
+        ("ViT-B-16/openai", "ViT-B-16/openai"),
+    ):
+        config["backbone"]["name"] = name
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        push(folder, REPO)
+        files = server.commits[REPO][-1][1]
+        assert set(files) == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "peft/adapter_config.json",
+        }
+        assert json.loads(files["adapter_config.json"])["backbone"]["name"] == shown
+        assert str(tmp_path).encode() not in files["README.md"] + files["adapter_config.json"]
+        assert b"/home" not in files["README.md"]
+        told += 1
+    assert told == 5
 
 
 def test_refusals(server, folders, tmp_path, monkeypatch):

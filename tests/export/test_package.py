@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 from adaptkit.backbones.load import load_backbone
 from adaptkit.errors import ConfigError, StorageError, UnsupportedError
 from adaptkit.estimator import FewShotClassifier
-from adaptkit.evaluation.calibration import softmax
-from adaptkit.export import formats, package
+from adaptkit.evaluation.calibration import Calibration, CalibrationWarning
+from adaptkit.export import formats, package, standalone
 from adaptkit.export.fold import Folded, fold
 from adaptkit.export.package import export_adapter, snippet
 from adaptkit.export.probes import drawn_probes
@@ -38,7 +39,11 @@ def classifier():
     rows, labels = np.concatenate(chosen), np.repeat([10, 20, 30], 4)
     names = {label: data.class_names[place] for label, place in ((10, 0), (20, 7), (30, 20))}
     made = FewShotClassifier("tip-adapter", class_names=names, training={"views": 0})
-    return made.fit(data.images["train"][rows], labels)
+    made.fit(data.images["train"][rows], labels)
+    held_out = [np.flatnonzero(data.labels["test"] == label)[:20] for label in (0, 7, 20)]
+    truth = np.repeat([10, 20, 30], 20)
+    truth[:3] = 30  # wrong labels, so that sets must be wide
+    return made.calibrate(data.images["test"][np.concatenate(held_out)], truth)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +54,16 @@ def probes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "exported"
-    labels = classifier.classes_.tolist()
-    report = export_adapter(classifier.model_, folder, "onnx", labels=labels, temperature=1.6, int8=True)
+    report = export_adapter(
+        classifier.model_,
+        folder,
+        "onnx",
+        labels=classifier.classes_.tolist(),
+        calibration=classifier.calibration_,
+        coverage=0.98,
+        abstain_below=0.6,
+        int8=True,
+    )
     return folder, report
 
 
@@ -83,17 +96,27 @@ def test_the_folder(exported):
     assert small["bytes"] < 0.5 * full["bytes"]
     assert full["max_difference"] < small["max_difference"] < 0.2 * small["largest_logit"]
     assert small["top1_agreement"] > 0.8
+    assert full["same_sets"] == 1
+    assert report["sets"]["held_out"] == 60
+    assert "hold out more" in report["sets"]["warning"] or report["sets"]["warning"] == ""
 
 
 def test_the_readme_runs_without_torch_and_adaptkit(exported, classifier, probes, run_alone):
     folder, _ = exported
     refused = ("torch", "torchvision", "adaptkit", "open_clip", "transformers", "onnx", "sklearn", "scipy")
-    printed = run_alone(asked_about(readme_python(folder), probes.files), folder, refused)
-    logits = classifier.decision_function([str(path) for path in probes.files])
-    given, odds = answers(printed), softmax(logits / 1.6)
-    assert [int(label) for label, _ in given] == classifier.classes_[odds.argmax(axis=1)].tolist()
+    printed = run_alone(asked_about(readme_python(folder), probes.files), folder, refused).splitlines()
+    assert len(printed) == 2 * len(probes.files) == 64
+    paths = [str(path) for path in probes.files]
+    wanted, odds = classifier.predict(paths, abstain_below=0.6), classifier.predict_proba(paths)
+    given = answers("\n".join(printed[:32]))
+    assert [label for label, _ in given] == [str(label) for label in wanted]
+    assert 0 < sum(label == "None" for label, _ in given) < 32
     np.testing.assert_allclose([float(odd) for _, odd in given], odds.max(axis=1), atol=1e-3)
-    assert len(given) == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        sets = classifier.predict_sets(paths, coverage=0.98)
+    assert [json.loads(line[line.index(" [") :]) for line in printed[32:]] == [sorted(one) for one in sets]
+    assert {len(one) for one in sets} > {1}
 
 
 def test_the_refusal_works(run_alone, tmp_path):
@@ -146,6 +169,44 @@ def classes_of(model, paths):
     pixels = torch.stack([to_pixels(load_rgb(path), model.backbone.spec.preprocessing) for path in paths])
     with torch.no_grad():
         return [model.class_names[place] for place in model(pixels).argmax(dim=1).tolist()]
+
+
+# --- sets of labels ---------------------------------------------------------------------------------------------------
+
+
+def test_sets_without_adaptkit_are_adaptkit_s():
+    numbers, compared = np.random.default_rng(0), 0
+    for held_out in (1, 3, 9, 19, 100):
+        scores = tuple(np.sort(numbers.uniform(size=held_out)).tolist())
+        logits = numbers.normal(size=(200, 7)) * 3
+        calibration = Calibration(1.7, scores)
+        odds = standalone.probabilities(logits.astype(np.float32), 1.7)
+        np.testing.assert_allclose(odds, calibration.probabilities(logits), rtol=1e-5)
+        for coverage in (0.05, 0.5, 0.8, 0.9, 0.95, 0.999):
+            wanted = calibration.sets(odds, coverage)
+            assert (standalone.in_set(odds, list(scores), coverage) == wanted).all()
+            assert wanted.any(axis=1).all()
+            compared += 1
+    assert compared == 30
+
+
+def test_what_is_written_about_sets(classifier, tmp_path):
+    few = Calibration(2.0, (0.1, 0.2, 0.4))
+    report = export_adapter(classifier.model_, tmp_path / "out", "torch", calibration=few)
+    assert report["sets"] == {
+        "held_out": 3,
+        "coverage": 0.9,
+        "warning": "3 held-out images can't promise a coverage of 0.9, so every set holds all classes: hold out at"
+        " least 9.",
+    }
+    assert "**Warning:** 3 held-out images can't promise" in (tmp_path / "out/README.md").read_text()
+    facts = json.loads((tmp_path / "out/labels.json").read_text())
+    assert (facts["temperature"], facts["scores"], facts["coverage"]) == (2.0, [0.1, 0.2, 0.4], 0.9)
+    assert facts["abstain_below"] is None
+    for wrong in ({"coverage": 0.9}, {"coverage": 2, "calibration": few}, {"abstain_below": 0}):
+        with pytest.raises(ConfigError):
+            export_adapter(classifier.model_, tmp_path / "none", "torch", **wrong)
+    assert not (tmp_path / "none").exists()
 
 
 # --- what isn't written -----------------------------------------------------------------------------------------------
@@ -204,6 +265,7 @@ def test_snippets_hold_no_leftovers():
         code = snippet(format)
         compile(code, "README.md", "exec")
         assert "Any" not in code
+        assert "->" not in code
         assert "adaptkit" not in code
 
 

@@ -60,6 +60,9 @@ def test_abstaining_and_sets(client):
     assert one["labels"] == [item["label"] for item in one["classes"]][: len(one["labels"])]
     (one,) = predictions(client.post("/predict?adapter=sure&abstain_below=0.01", files=files(blank)))
     assert (one["abstains"], one["labels"]) == (False, None)
+    (warning,) = client.post("/predict?adapter=sure&coverage=0.99", files=files(blank)).json()["warnings"]
+    assert warning.startswith("sure: 36 held-out images can't promise a coverage of 0.99")
+    assert client.post("/predict?adapter=sure", files=files(blank)).json()["warnings"] == []
     refused = client.post("/predict?adapter=sure&adapter=probe&coverage=0.9", files=files(blank))
     assert refused.status_code == 422
     assert "'probe' wasn't calibrated" in refused.json()["error"]

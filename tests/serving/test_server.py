@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import signal
 import socket
 import time
@@ -79,10 +81,10 @@ def test_on_the_wire(folders, tmp_path):
         late = httpx.post(post, content=slowly(), headers=good | {"content-type": "application/json"})
         assert late.status_code == 408
         assert "within 2 seconds" in late.json()["error"]
-        head = (
-            f"POST /predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
-        )
-        for ending in ("Content-Length: 100\r\n\r\n{", "\r\n", "Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+        about = f"Authorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+        endings = ("Content-Length: 100\r\n\r\n{", "\r\n", "Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+        for name, ending in itertools.product((f"{host}:{port}", "a"), endings):
+            head = f"POST /predict HTTP/1.1\r\nHost: {name}\r\n{about}"
             with socket.create_connection((host, int(port))) as cut:
                 cut.sendall((head + ending).encode())
         for junk in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"A" * 200_000):
@@ -101,6 +103,56 @@ def test_on_the_wire(folders, tmp_path):
         assert process.returncode == 0
         assert "Traceback" not in errors, errors
         assert TOKEN not in errors
+
+
+def answer_of(address: tuple[str, int], sent: bytes) -> bytes:
+    with socket.create_connection(address) as asking:
+        asking.settimeout(20)
+        asking.sendall(sent)
+        return asking.recv(65536)
+
+
+def test_heads_that_never_end_and_names_of_others(folders):
+    """Connections that trickle are closed in time, at later requests too; only localhost's names are served."""
+    with served(folders["probe"], "--timeout", "1", "--allow-host", "Birds.example") as (process, facts):
+        host, port = facts["url"].removeprefix("http://").split(":")
+        address = (host, int(port))
+        whole = f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+        ended = 0
+        for first in (b"", whole):
+            with socket.create_connection(address) as slow:
+                slow.settimeout(20)
+                if first:
+                    slow.sendall(first)
+                    assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+                began = time.monotonic()
+                with contextlib.suppress(ConnectionError):  # a write may be the first to notice
+                    for letter in b"GET /health HTTP/1.1\r\nX-A: " + b"a" * 1000:
+                        slow.sendall(bytes([letter]))
+                        time.sleep(0.2)
+                        slow.settimeout(0.01)
+                        with contextlib.suppress(TimeoutError):
+                            if slow.recv(100) == b"":
+                                break
+                assert time.monotonic() - began < 15
+                ended += 1
+        assert ended == 2
+        assert answer_of(address, whole).startswith(b"HTTP/1.1 200")
+        for name, status in (
+            (f"localhost:{port}", b"200"),
+            ("birds.example", b"200"),
+            ("evil.example", b"421"),
+            (f"evil.example:{port}", b"421"),
+            ("127.0.0.1.evil.example", b"421"),
+            ("", b"421"),
+        ):
+            sent = f"GET /health HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()
+            assert answer_of(address, sent).split()[1] == status, name
+        foreign = whole.replace(b"\r\n\r\n", b"\r\nSec-Fetch-Site: cross-site\r\n\r\n")
+        assert answer_of(address, foreign).split()[1] == b"403"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
 
 
 def test_binding():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from io import BytesIO
 
@@ -13,10 +14,11 @@ pytest.importorskip("fastapi", reason="fastapi isn't installed (the studio extra
 from starlette.testclient import TestClient
 
 import adaptkit
-from adaptkit.errors import StorageError
+from adaptkit.errors import DataError, StorageError
 from adaptkit.studio import guard
 from adaptkit.studio import project as project_module
 from adaptkit.studio.app import make_app
+from adaptkit.studio.pictures import read_file
 from adaptkit.studio.project import Project
 from adaptkit.studio.workshop import Workshop
 from tests.studio.conftest import png, write_folder
@@ -346,3 +348,77 @@ def test_exports(page, project):
     answer = page.post("/api/export", json={"format": "onnx"})
     assert answer.status_code == 200, answer.text
     assert json.loads((project.folder / "exported-onnx" / "labels.json").read_text())
+
+
+# --- folders and links ------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_cannot_name_a_class_and_names_that_differ_in_case(page, tmp_path):
+    folder = tmp_path / "photos"
+    names = (b"red_fox", b"Red Fox", b"caf\xe9", b"a\x1bb", b"x" * 100, "größe".encode())
+    for number, name in enumerate(names):
+        inner = os.path.join(os.fsencode(folder), name)
+        os.makedirs(inner)
+        with open(os.path.join(inner, b"\xff.png"), "wb") as file:
+            file.write(png("red", number))
+    assert page.post("/api/folder", json={"path": str(folder)}).status_code == 202
+    settled(page)
+    state = page.get("/api/state").json()
+    names = {one["id"]: one["name"] for one in state["classes"]}
+    assert sorted(names.values()) == ["Red Fox", "größe"]
+    assert len(state["images"]) == 6
+    assert sorted(names.get(image["label"], "") for image in state["images"]) == [
+        "",
+        "",
+        "",
+        "Red Fox",
+        "Red Fox",
+        "größe",
+    ]
+    assert len(state["problems"]) == 3
+    assert all("come in without a class" in problem for problem in state["problems"])
+
+
+def test_pipes_devices_and_the_project_itself_are_no_sources(page, project, tmp_path):
+    folder = write_folder(tmp_path / "photos", 1)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "more").symlink_to(folder / "red")
+    (folder / "link.png").symlink_to(folder / "red/0.png")
+    (folder / "mine").symlink_to(project.folder)
+    assert page.post("/api/folder", json={"path": str(folder)}).json()["found"] == 4
+    settled(page)
+    assert len(page.get("/api/state").json()["images"]) == 3
+    for own in (project.folder, project.folder / "images", folder / "mine"):
+        refused(page.post("/api/folder", json={"path": str(own)}), 400, "belongs to this project")
+    above = page.post("/api/folder", json={"path": str(tmp_path)}).json()  # the project's own copies are left out
+    settled(page)
+    assert above["found"] == 4
+    with pytest.raises(DataError, match="no file"):
+        read_file(folder / "pipe.png")
+    with pytest.raises(DataError, match="no file"):
+        read_file(folder / "endless.png")
+
+
+def test_what_the_studio_did_not_write_is_not_replaced(page, project, tmp_path):
+    page.post("/api/classes", json={"names": ["red", "green"]})
+    for place, colour in enumerate(("red", "green"), 1):
+        send(page, (f"{colour}.png", png(colour, 0)), label=f"c{place}")
+    settled(page)
+    kept = tmp_path / "documents"
+    kept.mkdir()
+    (kept / "letter.txt").write_text("dear")
+    for name, post, body in (("adapter", "/api/save", None), ("exported-onnx", "/api/export", {"format": "onnx"})):
+        place = project.folder / name
+        place.symlink_to(kept)
+        refused(page.post(post, json=body), 507, "isn't replaced")
+        place.unlink()
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+        refused(page.post(post, json=body), 507, "isn't replaced")
+        assert (place / "notes.txt").read_text() == "mine"
+    assert (kept / "letter.txt").read_text() == "dear"
+    (project.folder / "adapter/notes.txt").unlink()
+    assert page.post("/api/save").status_code == 200
+    assert page.post("/api/save").status_code == 200

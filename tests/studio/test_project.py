@@ -13,6 +13,7 @@ import pytest
 
 from adaptkit.errors import ConfigError, StorageError, UnknownNameError
 from adaptkit.studio import project as project_module
+from adaptkit.studio.pictures import thumbnail_path
 from adaptkit.studio.project import LONGEST_NAME, MOST_CHANGES, Project
 from adaptkit.studio.state import Picture, Settings
 
@@ -269,3 +270,79 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path):
         opened.close()
         kills += 1
     assert kills == 3
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def put(project: Project, number: int) -> str:
+    """An image with its two files; returns its id."""
+    key, one = picture(number)
+    for path in (project.folder / "images" / one.file, thumbnail_path(project.folder, key)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    project.add_pictures({key: one})
+    return key
+
+
+def files_of(project: Project) -> set[str]:
+    found = [path.stem for place in ("images", "thumbnails") for path in (project.folder / place).iterdir()]
+    assert all(found.count(name) == 2 for name in found)
+    return set(found)
+
+
+def test_files_go_when_no_undo_can_bring_them_back(project, monkeypatch):
+    monkeypatch.setattr(project_module, "MOST_CHANGES", 4)
+    stays, goes, returns = (put(project, number) for number in (1, 2, 3))
+    project.remove_images([goes, returns])
+    again = reopened(project)
+    assert files_of(again) == {stays, goes, returns}  # the last change can still be undone
+    again.undo()
+    assert set(again.state.images) == {stays, goes, returns}
+    again.redo()
+    for number in range(4):
+        again.add_class(f"class {number}")
+    assert files_of(again) == {stays, goes, returns}
+    again.add_pictures({returns: picture(3)[1]})  # it came in again
+    again.close()
+    assert files_of(again) == {stays, returns}
+    assert (again.folder / "images" / f"{returns}.png").is_file()
+    again = Project(again.folder)
+    assert set(again.state.images) == {stays, returns}
+    again.close()
+
+
+def test_files_of_what_was_undone_for_good_go_after_a_kill_too(project):
+    stays = put(project, 1)
+    goes = put(project, 2)
+    project.undo()
+    project.add_class("oak")  # nothing to redo any more
+    project._release()  # as a kill does it
+    assert files_of(project) == {stays, goes}
+    again = Project(project.folder)
+    assert files_of(again) == {stays}
+    again.close()
+
+
+def test_nothing_outside_is_ever_deleted(project, tmp_path):
+    put(project, 1)
+    project.close()
+    file = project.folder / "project.json"
+    content = json.loads(file.read_text())
+    for name in ("../project.json", f"{1:032x}.png\n", "/etc/passwd", "x.png"):
+        file.write_text(damaged(content, gone=[name]))
+        with pytest.raises(StorageError, match="damaged"):
+            Project(project.folder)
+    file.write_text(damaged(content, gone=[f"{1:032x}.png", f"{9:032x}.png"]))  # one is in use, one isn't there
+    opened = Project(project.folder)
+    assert files_of(opened) == {f"{1:032x}"}
+    opened.close()
+
+
+def test_a_closed_project_takes_no_changes(project):
+    project.add_class("oak")
+    written = (project.folder / "project.json").read_bytes()
+    project.close()
+    with pytest.raises(StorageError, match="was closed"):
+        project.add_class("beech")
+    assert (project.folder / "project.json").read_bytes() == written
