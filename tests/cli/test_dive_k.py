@@ -18,6 +18,7 @@ def backbone():
     return f"transformers:{tiny.save('llava')}"
 
 
+@pytest.mark.filterwarnings("ignore:dive-k got no answer")
 def test_a_run_and_its_adapter(call, photos, tmp_path, backbone):
     out, picture = tmp_path / "out", photos / "oak" / "0.png"
     words = ["run", photos, "--method", "dive-k", "--backbone", backbone, "--shots", 2, "--protocol", "base-to-novel"]
