@@ -255,6 +255,7 @@ def run_method(
     progress: ProgressCallback | None = None,
     on_epoch: EpochCallback | None = None,
     checkpoints: Checkpoints | None = None,
+    both_lists: bool = False,
 ) -> RunOutcome:
     """Fit a method on a task and test it.
 
@@ -269,8 +270,10 @@ def run_method(
         on_epoch: Called after every epoch of a method trained by gradients.
         checkpoints: Where its training keeps checkpoints, and goes on from; `Checkpoints.clear` them once the result
             is written.
+        both_lists: Whether base and novel images are also answered among all classes, beside their own half (multimodal
+            language models always do): where a class's score doesn't depend on the others, it costs one pass.
     """
-    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch, checkpoints)
+    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch, checkpoints, both_lists)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AdaptKitWarning)
         method = run.fit()
@@ -293,10 +296,12 @@ class _Run:
         progress: ProgressCallback | None,
         on_epoch: EpochCallback | None = None,
         checkpoints: Checkpoints | None = None,
+        both_lists: bool = False,
     ) -> None:
         self.plan, self.backbone, self.store = plan, backbone, store
         self.batch_size, self.progress, self.on_epoch = batch_size, progress, on_epoch
         self.checkpoints, self.processes = checkpoints, current()
+        self.both_lists = both_lists
         self.precision: Precision = plan.key.settings["precision"]
         self.seconds: dict[str, float] = {}
         self.encoded_before = store.encoded
@@ -380,18 +385,23 @@ class _Run:
     # --- testing ------------------------------------------------------------------------------------------------------
 
     def test(self, method: Method, part: TestPart) -> tuple[PartResult, Predictions]:
-        method.set_classes(part.asked, part.other)
-        logits = self._logits(method, part.split)
-        if part.columns:
-            logits = np.ascontiguousarray(logits[:, part.columns])
-        labels = part.split.labels
+        every = self._every_class(method)
+        method.set_classes(every or part.asked, part.other)
+        logits, labels = self._logits(method, part.split), part.split.labels
+        columns = [every.index(name) for name in part.split.class_names] if every else part.columns
+        among_all = _among_all(logits, labels, columns) if every else {}
+        if columns:
+            logits = np.ascontiguousarray(logits[:, columns])
         answered = np.ones(len(labels), dtype=bool)
         if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
             logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
         confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
         predicted = np.where(answered, logits.argmax(axis=1), -1)
-        result = _part_result(part, metrics, method, self._answered_together(method))
+        more = {"among_all": among_all} if every else {}
+        if not self._answered_together(method) and (facts := method.answer_facts()):  # else of this process's share
+            more["answers"] = dict(facts)
+        result = _part_result(part, metrics, method, more)
         method.set_classes(method.fitted_names)
         return result, Predictions(part.name, part.positions, labels, predicted, confidence)
 
@@ -428,6 +438,14 @@ class _Run:
         if len(logits) != len(split):
             raise DataError(f"{method.name} answered {len(logits)} images of {len(split)}.")
         return torch.empty_like(logits).index_copy_(0, order, logits).numpy()
+
+    def _every_class(self, method: Method) -> tuple[str, ...]:
+        """All classes of the dataset, where its halves are answered among them too; else none."""
+        task = self.plan.task
+        asked = self.both_lists or method.needs_mllm
+        plain = task.protocol == "base-to-novel" and not task.settings.get("joint")
+        can = method.scores_alone and method.mixes_classes and method.open_vocabulary
+        return task.dataset.class_names if asked and plain and can else ()
 
     def _answered_together(self, method: Method) -> bool:
         """Whether the processes share the test images; not where they would wait for each other in spread layers."""
@@ -543,15 +561,26 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return logits, answered
 
 
-def _part_result(part: TestPart, metrics: Metrics, method: Method, shared: bool) -> PartResult:
+def _among_all(logits: np.ndarray, labels: np.ndarray, columns: Sequence[int]) -> dict[str, Any]:
+    """What comes out where all classes are candidates.
+
+    Args:
+        logits: [n, all classes].
+        labels: Within the part's classes, [n].
+        columns: Which of all classes the part's are.
+    """
+    correct = int((logits.argmax(axis=1) == np.asarray(columns)[labels]).sum())
+    return {"classes": logits.shape[1], "correct": correct, "accuracy": correct / len(labels)}
+
+
+def _part_result(part: TestPart, metrics: Metrics, method: Method, more: Mapping[str, Any]) -> PartResult:
     learned = bool(method.context_vectors()) and not method.uses_fallback
-    answers = {} if shared else method.answer_facts()  # this process saw only its share
     return PartResult(
         part.name,
         metrics.num_classes,
         metrics.correct,
         metrics.total,
-        {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
+        {**metrics.to_dict(), **more},
         metrics.per_class,
         method.uses_fallback,
         () if part.other is None or learned else method.templates,
