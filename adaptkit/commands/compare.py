@@ -278,9 +278,8 @@ def show(ranked: list[RunResult], title: str) -> None:
         cells = ["–" if zero else str(place), name, *([result.key.backbone] if several else [])]
         cells += [*_runs.scores(result, scored), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
-    console.print_table(
-        title, columns, rows, left=["", "method", "backbone"], note=notes_of(ranked, several), wide=True
-    )
+    left, note = ["", "method", "backbone"], notes_of(ranked, several)
+    console.print_table(title, columns, rows, left=left, note=note, wide=True)
     for line in warnings_of(ranked):
         console.say(f"note: {line}")
 

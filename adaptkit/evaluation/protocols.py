@@ -488,8 +488,14 @@ class _Run:
                 *self._cautions(parts, tuned_on),
                 *said,
             ),
-            environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
+            environment=environment(str(self.backbone.device), self.plan.resolved.training.precision) | self._company(),
         )
+
+    def _company(self) -> dict[str, Any]:
+        """How many processes did the run, where it was more than one."""
+        if self.processes.count == 1:
+            return {}
+        return {"processes": self.processes.count, "sharded": self.processes.sharded}
 
     def _target_facts(self, method: Method) -> list[str]:
         """Which settings trained the model that answers for targets, and what their classes were described with."""
