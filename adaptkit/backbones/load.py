@@ -19,7 +19,8 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -299,7 +300,22 @@ def _load_transformers(name: BackboneName, half: bool, quantised: bool) -> Backb
 
         identifier = str(model_folder())
     weights: Weights = "bf16" if half else "own" if quantised else "fp32"
-    return load_transformers(f"{name}@bf16" if half else str(name), identifier, weights)
+    with _without_bars() if name.scheme == "mini-mllm" else nullcontext():  # it is loaded in a blink
+        return load_transformers(f"{name}@bf16" if half else str(name), identifier, weights)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' own progress bars are left out."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_timm(name: BackboneName) -> DualEncoder:

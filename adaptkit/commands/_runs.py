@@ -97,6 +97,7 @@ def do(
     progress: ProgressCallback,
     trackers: Trackers,
     kept: Checkpoints | None,
+    both_lists: bool = False,
 ) -> RunOutcome:
     """Do a run as the options say."""
     from adaptkit.evaluation.protocols import run_method
@@ -109,6 +110,7 @@ def do(
         progress=progress,
         on_epoch=trackers.epoch,
         checkpoints=kept,
+        both_lists=both_lists,
     )
 
 
@@ -161,22 +163,27 @@ def default_out(options: TaskOptions, what: str) -> Path:
 
 
 def part_columns(results: Sequence[RunResult]) -> list[str]:
-    """Column titles of the tested parts."""
+    """Column titles of the tested parts, and of what any of the results sums them up to."""
     first = results[0]
     names = ["accuracy" if len(first.parts) == 1 else part.name for part in first.parts]
-    return [*names, *summarised(first)]
+    return list(dict.fromkeys([*names, *(title for result in results for title in summarised(result))]))
 
 
 def summarised(result: RunResult) -> dict[str, float]:
-    """What the parts come to, by column title: H, or the targets' average and how far it is below the source."""
+    """What the parts come to, by column title: H, or the targets' average and how far it is below the source.
+
+    Where base and novel images were also answered among all classes, these follow.
+    """
     figures = {"H": result.harmonic_mean, "average": result.target_average, "drop": result.drop}
+    figures |= zip(("base/all", "novel/all", "H/all"), result.among_all, strict=False)
     return {title: figure for title, figure in figures.items() if figure is not None}
 
 
-def scores(result: RunResult) -> list[str]:
-    """Cells of the tested parts, in percent; zero-shot fallbacks carry a star."""
+def scores(result: RunResult, columns: Sequence[str]) -> list[str]:
+    """Cells under the titles of `part_columns`, in percent; zero-shot fallbacks carry a star."""
     cells = [console.percent(part.accuracy) + ("*" if part.fallback else "") for part in result.parts]
-    return [*cells, *map(console.percent, summarised(result).values())]
+    summed = summarised(result)
+    return cells + [console.percent(summed[title]) if title in summed else "–" for title in columns[len(cells) :]]
 
 
 def summary(result: RunResult) -> dict[str, Any]:

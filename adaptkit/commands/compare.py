@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,10 @@ from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
+    from adaptkit.backbones.base import Backbone
     from adaptkit.commands._options import TaskOptions
     from adaptkit.data.splits import Dataset
+    from adaptkit.evaluation.protocols import RunPlan
     from adaptkit.evaluation.results import RunKey, RunResult
     from adaptkit.evaluation.tracking import Trackers
     from adaptkit.types import ProgressCallback
@@ -41,6 +45,14 @@ about a second each on digits with mini. Transductive methods answer another que
 DESCRIBED_METHODS = ("dclip", "cupl")
 """Compared as well where every class has sentences."""
 
+MLLM_METHODS = ("mllm-zero-shot", "mllm-soft-prompt", "mllm-lora")
+"""Compared on a multimodal language model where no methods are named."""
+
+CLIP_METHODS = ("zero-shot", "clip-adapter")
+"""Always beside a multimodal language model, on a CLIP: what the language model has to be worth its cost against."""
+
+ZERO_SHOT = ("zero-shot", "mllm-zero-shot")
+
 BEST = "best"
 
 
@@ -50,7 +62,15 @@ BEST = "best"
     "--methods",
     "names",
     type=_options.NameList(),
-    help=f"a,b,c [default: {','.join(FAST_METHODS)}; with descriptions also {','.join(DESCRIBED_METHODS)}].",
+    help=f"a,b,c [default: {','.join(FAST_METHODS)}; with descriptions also {','.join(DESCRIBED_METHODS)}; on a"
+    f" multimodal language model {','.join(MLLM_METHODS)}].",
+)
+@click.option(
+    "--clip-backbone",
+    default="mini",
+    show_default=True,
+    help=f"Where --backbone is a multimodal language model: the CLIP of the rows {' and '.join(CLIP_METHODS)} beside"
+    " it; none leaves them out.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results [default: below runs/].")
@@ -62,6 +82,7 @@ BEST = "best"
 def command(
     options: TaskOptions,
     names: tuple[str, ...] | None,
+    clip_backbone: str,
     overrides: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
@@ -81,6 +102,7 @@ def command(
       adaptkit compare my_photos --shots 4
       adaptkit compare digits --protocol base-to-novel --shots 16 --methods zero-shot,coop,maple
       adaptkit compare digits --methods coop,maple --log tensorboard --log mlflow
+      adaptkit compare shapes --backbone mini-mllm --protocol base-to-novel
     """
     from adaptkit.methods import methods
 
@@ -92,12 +114,14 @@ def command(
 
     logs = log_dir or target / "logs"
     with _runs.tracking(log, logs) as trackers, console.progress_bars(not as_json) as progress:
-        results = run_all(options, names, overrides, target, overwrite, progress, trackers, checkpoint_minutes)
+        rows = planned(options, names, clip_backbone, overrides, progress)
+        check_replaceable(target, {row.folder: row.plan.key for row in rows}, overwrite)
+        results = run_all(rows, options, target, overwrite, progress, trackers, checkpoint_minutes)
         if html:
             write_page(html, target, results, progress)
     ranked = rank(results)
     best_run = best_of(ranked)
-    best = best_run.key.method
+    best = folder_of(best_run.key, results[0].key.backbone)
     point_at_best(target, best)
     if as_json:
         together = [result.key.method for result in ranked if is_transductive(result)]
@@ -110,53 +134,91 @@ def command(
         console.say(f"Report written to {html}")
 
 
-def default_methods(data: Dataset) -> tuple[str, ...]:
+def default_methods(data: Dataset, model: Backbone) -> tuple[str, ...]:
     """What is compared where no methods are named."""
+    if model.is_mllm:
+        return MLLM_METHODS
     described = all(data.descriptions.get(name) for name in data.class_names)
     return FAST_METHODS + (DESCRIBED_METHODS if described else ())
 
 
-def run_all(
+@dataclass(frozen=True)
+class Row:
+    """A run of the comparison.
+
+    Args:
+        folder: Its name below --out.
+        plan: The run.
+        model: What it runs on.
+    """
+
+    folder: str
+    plan: RunPlan
+    model: Backbone
+
+
+def folder_of(key: RunKey, main: str) -> str:
+    """The name of a run's folder: its method's, with the backbone where that isn't the comparison's main one."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", key.backbone)
+    return key.method if key.backbone == main else f"{key.method}@{plain}"
+
+
+def planned(
     options: TaskOptions,
     names: tuple[str, ...] | None,
+    clip_backbone: str,
     overrides: tuple[str, ...],
-    target: Path,
-    overwrite: bool,
     progress: ProgressCallback,
-    trackers: Trackers,
-    checkpoint_minutes: float = 0.0,
-) -> list[RunResult]:
-    """Run what isn't done yet; everything is checked before the first method runs."""
-    from adaptkit.data.features import FeatureStore
+) -> list[Row]:
+    """All runs, with everything checked that can be checked before the first."""
     from adaptkit.evaluation.protocols import plan_run
     from adaptkit.evaluation.recipes import share_overrides
-    from adaptkit.evaluation.results import is_done, read_run, write_run
     from adaptkit.evaluation.stored import backbone_for
     from adaptkit.evaluation.tasks import load_task
     from adaptkit.methods import methods
 
     task = load_task(options.task, progress)
-    chosen = tuple(dict.fromkeys(names or default_methods(task.dataset)))
     model = backbone_for(task.dataset, options.backbone, device=options.device)
-    shares = share_overrides([methods.get(name) for name in chosen], overrides)
-    plans, refused = [], []
-    for name, share in zip(chosen, shares, strict=True):
+    chosen = [(name, model) for name in dict.fromkeys(names or default_methods(task.dataset, model))]
+    if model.is_mllm and clip_backbone != "none":
+        clip = backbone_for(task.dataset, clip_backbone, device=options.device)
+        chosen += [(name, clip) for name in CLIP_METHODS]
+    shares = share_overrides([methods.get(name) for name, _ in chosen], overrides)
+    rows, refused = [], []
+    for (name, on), share in zip(chosen, shares, strict=True):
         try:
-            plans.append(plan_run(name, model, task, overrides=share, precision=options.precision))
+            plan = plan_run(name, on, task, overrides=share, precision=options.precision)
+            rows.append(Row(folder_of(plan.key, model.spec.name), plan, on))
         except UnsupportedError as error:
             refused.append(str(error))
     if refused:
         raise UnsupportedError("\n".join(refused))
-    check_replaceable(target, {plan.method: plan.key for plan in plans}, overwrite)
+    return rows
+
+
+def run_all(
+    rows: list[Row],
+    options: TaskOptions,
+    target: Path,
+    overwrite: bool,
+    progress: ProgressCallback,
+    trackers: Trackers,
+    checkpoint_minutes: float,
+) -> list[RunResult]:
+    """Run what isn't done yet; all rows answer among the same lists of classes."""
+    from adaptkit.data.features import FeatureStore
+    from adaptkit.evaluation.results import is_done, read_run, write_run
+
     store, results = FeatureStore(options.cache), []
-    for plan in plans:
-        folder = target / plan.method
+    both = any(row.model.is_mllm for row in rows)
+    for row in rows:
+        folder, plan = target / row.folder, row.plan
         if not overwrite and is_done(folder, plan.key):
             results.append(read_run(folder))
             continue
         kept = _runs.checkpoints_of(plan, folder, checkpoint_minutes, overwrite)
         trackers.begin(plan)
-        outcome = _runs.do(plan, model, options, store, progress, trackers, kept)
+        outcome = _runs.do(plan, row.model, options, store, progress, trackers, kept, both_lists=both)
         trackers.end(outcome.result)
         write_run(folder, outcome.result, outcome.predictions, outcome.model, overwrite=True)
         if kept is not None:
@@ -173,14 +235,15 @@ def write_page(path: Path, target: Path, results: list[RunResult], progress: Pro
     from adaptkit.sweeps.report.writing import write_report
     from adaptkit.sweeps.results import RunRecord
 
-    records = [RunRecord(target / result.key.method, result) for result in results]
+    main = results[0].key.backbone
+    records = [RunRecord(target / folder_of(result.key, main), result) for result in results]
     write_report(gather(records), {"html": path}, progress=progress)
 
 
 def rank(results: list[RunResult]) -> list[RunResult]:
     """Zero-shot first, as what the others must beat; then by H or accuracy, falling."""
-    first = [result for result in results if result.key.method == "zero-shot"]
-    others = [result for result in results if result.key.method != "zero-shot"]
+    first = [result for result in results if result.key.method in ZERO_SHOT]
+    others = [result for result in results if result.key.method not in ZERO_SHOT]
     return first + sorted(others, key=lambda result: -result.score)
 
 
@@ -193,30 +256,46 @@ def is_transductive(result: RunResult) -> bool:
 
 def best_of(ranked: list[RunResult]) -> RunResult:
     """The first that learned something and answers image by image; where there is none, the first that learned."""
-    learned = [result for result in ranked if result.key.method != "zero-shot"]
+    learned = [result for result in ranked if result.key.method not in ZERO_SHOT]
     return next((result for result in learned if not is_transductive(result)), (learned or ranked)[0])
 
 
 def show(ranked: list[RunResult], title: str) -> None:
     """The ranked table, and what a reader of it should know."""
-    columns = ["", "method", *_runs.part_columns(ranked), "gain", "trained", "seconds"]
-    reference = next((result.score for result in ranked if result.key.method == "zero-shot"), None)
+    scored = _runs.part_columns(ranked)
+    several = len({result.key.backbone for result in ranked}) > 1
+    columns = ["", "method", *(["backbone"] if several else []), *scored, "gain", "trained", "seconds"]
+    references: dict[str, float] = {}
+    for result in ranked:
+        if result.key.method in ZERO_SHOT:  # a language model may have two: the better one is to be beaten
+            references[result.key.backbone] = max(result.score, references.get(result.key.backbone, 0.0))
     rows, place = [], 0
     for result in ranked:
-        zero = result.key.method == "zero-shot"
+        zero, reference = result.key.method in ZERO_SHOT, references.get(result.key.backbone)
         place += not zero
         gain = "" if reference is None or zero else f"{100 * (result.score - reference):+.1f}"
         name = result.key.method + ("†" if is_transductive(result) else "")
-        cells = ["–" if zero else str(place), name, *_runs.scores(result), gain]
+        cells = ["–" if zero else str(place), name, *([result.key.backbone] if several else [])]
+        cells += [*_runs.scores(result, scored), gain]
         rows.append([*cells, console.count(result.trained_parameters), f"{sum(result.seconds.values()):.1f}"])
-    starred = any(part.fallback for result in ranked for part in result.parts)
-    notes = ["* zero-shot: the method has no answer of its own for classes it never saw"] if starred else []
-    if any(map(is_transductive, ranked)):
-        notes.append("† answers all test images together: not comparable with the others, and not chosen before them")
-    note = "\n".join(notes)
-    console.print_table(title, columns, rows, left=["", "method"], note=note, wide=True)
+    left, note = ["", "method", "backbone"], notes_of(ranked, several)
+    console.print_table(title, columns, rows, left=left, note=note, wide=True)
     for line in warnings_of(ranked):
         console.say(f"note: {line}")
+
+
+def notes_of(ranked: list[RunResult], several: bool) -> str:
+    """What stands below the table."""
+    notes = []
+    if any(part.fallback for result in ranked for part in result.parts):
+        notes.append("* zero-shot: the method has no answer of its own for classes it never saw")
+    if any(map(is_transductive, ranked)):
+        notes.append("† answers all test images together: not comparable with the others, and not chosen before them")
+    if several:
+        notes.append("gain: over zero-shot on the same backbone")
+    if any(result.among_all for result in ranked):
+        notes.append("base/all, novel/all, H/all: among the classes of both halves")
+    return "\n".join(notes)
 
 
 def warnings_of(ranked: list[RunResult]) -> list[str]:

@@ -117,10 +117,11 @@ def show(result: RunResult, target: Path, as_json: bool) -> None:
     if as_json:
         console.print_json({**_runs.summary(result), "folder": str(target)})
         return
-    columns = ["method", *_runs.part_columns([result]), "trained", "seconds"]
+    scored = _runs.part_columns([result])
+    columns = ["method", *scored, "trained", "seconds"]
     row = [
         result.key.method,
-        *_runs.scores(result),
+        *_runs.scores(result, scored),
         console.count(result.trained_parameters),
         f"{sum(result.seconds.values()):.1f}",
     ]

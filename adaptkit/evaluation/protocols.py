@@ -255,6 +255,7 @@ def run_method(
     progress: ProgressCallback | None = None,
     on_epoch: EpochCallback | None = None,
     checkpoints: Checkpoints | None = None,
+    both_lists: bool = False,
 ) -> RunOutcome:
     """Fit a method on a task and test it.
 
@@ -269,8 +270,10 @@ def run_method(
         on_epoch: Called after every epoch of a method trained by gradients.
         checkpoints: Where its training keeps checkpoints, and goes on from; `Checkpoints.clear` them once the result
             is written.
+        both_lists: Whether base and novel images are also answered among all classes, beside their own half (multimodal
+            language models always do): where a class's score doesn't depend on the others, it costs one pass.
     """
-    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch, checkpoints)
+    run = _Run(plan, backbone, store or FeatureStore(), batch_size, progress, on_epoch, checkpoints, both_lists)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AdaptKitWarning)
         method = run.fit()
@@ -293,10 +296,12 @@ class _Run:
         progress: ProgressCallback | None,
         on_epoch: EpochCallback | None = None,
         checkpoints: Checkpoints | None = None,
+        both_lists: bool = False,
     ) -> None:
         self.plan, self.backbone, self.store = plan, backbone, store
         self.batch_size, self.progress, self.on_epoch = batch_size, progress, on_epoch
         self.checkpoints, self.processes = checkpoints, current()
+        self.both_lists = both_lists
         self.precision: Precision = plan.key.settings["precision"]
         self.seconds: dict[str, float] = {}
         self.encoded_before = store.encoded
@@ -380,18 +385,25 @@ class _Run:
     # --- testing ------------------------------------------------------------------------------------------------------
 
     def test(self, method: Method, part: TestPart) -> tuple[PartResult, Predictions]:
-        method.set_classes(part.asked, part.other)
-        logits = self._logits(method, part.split)
-        if part.columns:
-            logits = np.ascontiguousarray(logits[:, part.columns])
-        labels = part.split.labels
+        every = self._every_class(method)
+        method.set_classes(every or part.asked, part.other)
+        logits, labels = self._logits(method, part.split), part.split.labels
+        columns = [every.index(name) for name in part.split.class_names] if every else part.columns
+        among_all = _among_all(logits, labels, columns) if every else {}
+        if columns:
+            logits = np.ascontiguousarray(logits[:, columns])
         answered = np.ones(len(labels), dtype=bool)
         if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
             logits, answered = counted_wrong(logits, labels)
         metrics = compute_metrics(logits, labels, len(part.split.class_names))
         confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
         predicted = np.where(answered, logits.argmax(axis=1), -1)
-        result = _part_result(part, metrics, method, self._answered_together(method))
+        more: dict[str, Any] = {"among_all": among_all} if every else {}
+        if not self._answered_together(method):  # else of this process's share
+            asked = [columns[label] if columns else int(label) for label in labels]
+            if facts := {**method.judged_facts(asked), **method.answer_facts()}:
+                more["answers"] = facts
+        result = _part_result(part, metrics, method, more)
         method.set_classes(method.fitted_names)
         return result, Predictions(part.name, part.positions, labels, predicted, confidence)
 
@@ -428,6 +440,14 @@ class _Run:
         if len(logits) != len(split):
             raise DataError(f"{method.name} answered {len(logits)} images of {len(split)}.")
         return torch.empty_like(logits).index_copy_(0, order, logits).numpy()
+
+    def _every_class(self, method: Method) -> tuple[str, ...]:
+        """All classes of the dataset, where its halves are answered among them too; else none."""
+        task = self.plan.task
+        asked = self.both_lists or method.needs_mllm
+        plain = task.protocol == "base-to-novel" and not task.settings.get("joint")
+        can = method.scores_alone and method.mixes_classes and method.open_vocabulary
+        return task.dataset.class_names if asked and plain and can else ()
 
     def _answered_together(self, method: Method) -> bool:
         """Whether the processes share the test images; not where they would wait for each other in spread layers."""
@@ -470,8 +490,14 @@ class _Run:
                 *self._cautions(parts, tuned_on),
                 *said,
             ),
-            environment=environment(str(self.backbone.device), self.plan.resolved.training.precision),
+            environment=environment(str(self.backbone.device), self.plan.resolved.training.precision) | self._company(),
         )
+
+    def _company(self) -> dict[str, Any]:
+        """How many processes did the run, where it was more than one."""
+        if self.processes.count == 1:
+            return {}
+        return {"processes": self.processes.count, "sharded": self.processes.sharded}
 
     def _target_facts(self, method: Method) -> list[str]:
         """Which settings trained the model that answers for targets, and what their classes were described with."""
@@ -543,17 +569,26 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return logits, answered
 
 
-def _part_result(part: TestPart, metrics: Metrics, method: Method, shared: bool) -> PartResult:
+def _among_all(logits: np.ndarray, labels: np.ndarray, columns: Sequence[int]) -> dict[str, Any]:
+    """What comes out where all classes are candidates.
+
+    Args:
+        logits: [n, all classes].
+        labels: Within the part's classes, [n].
+        columns: Which of all classes the part's are.
+    """
+    correct = int((logits.argmax(axis=1) == np.asarray(columns)[labels]).sum())
+    return {"classes": logits.shape[1], "correct": correct, "accuracy": correct / len(labels)}
+
+
+def _part_result(part: TestPart, metrics: Metrics, method: Method, more: Mapping[str, Any]) -> PartResult:
     learned = bool(method.context_vectors()) and not method.uses_fallback
-    labels = [part.columns[label] if part.columns else int(label) for label in part.split.labels]
-    # of several processes, each saw only its share
-    answers = {} if shared else {**method.judged_facts(labels), **method.answer_facts()}
     return PartResult(
         part.name,
         metrics.num_classes,
         metrics.correct,
         metrics.total,
-        {**metrics.to_dict(), **({"answers": dict(answers)} if answers else {})},
+        {**metrics.to_dict(), **more},
         metrics.per_class,
         method.uses_fallback,
         () if part.other is None or learned else method.templates,

@@ -20,6 +20,7 @@ import numpy as np
 
 from adaptkit.config import from_mapping
 from adaptkit.errors import AdaptKitError, DataError, StorageError
+from adaptkit.evaluation.metrics import harmonic_mean
 from adaptkit.storage import digest_json, new_folder, read_json, write_json, write_safetensors
 
 if TYPE_CHECKING:
@@ -175,6 +176,15 @@ class RunResult:
         """By how much the targets' average is below the source's accuracy, where they are shifted versions of it."""
         shifted = self.key.protocol == "domain-generalisation" and self.target_average is not None
         return self.parts[0].accuracy - self.target_average if shifted and self.target_average is not None else None
+
+    @property
+    def among_all(self) -> tuple[float, ...]:
+        """Base and novel accuracy and their harmonic mean where all classes are candidates; () where not asked."""
+        found = [part.metrics.get("among_all") for part in self.parts]
+        if self.harmonic_mean is None or not all(found):
+            return ()
+        base, novel = (float(one["accuracy"]) for one in found[:2] if one)
+        return base, novel, harmonic_mean(base, novel)
 
     @property
     def score(self) -> float:

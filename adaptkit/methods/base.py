@@ -328,6 +328,11 @@ class Method(nn.Module):
                 " sentences for every class (--descriptions), or choose a method that reads names alone."
             )
 
+    @property
+    def scores_alone(self) -> bool:
+        """Whether a class's logit is the same whichever others are asked for: a subset's are those of all, picked."""
+        return not (self.scores_by_class_list or self.transductive)
+
     def images_at_once(self, count: int, usual: int) -> int:
         """How many of `count` images to ask for together, at least 1: `usual`, unless answers depend on the others."""
         if not self.transductive:

@@ -102,7 +102,13 @@ def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
     words = ["compare", photos, "--methods", chosen, "--backbone", backbone, "--shots", 2, "--out", tmp_path / "out"]
     outcome = call(*words, "--json")
     assert outcome.exit_code == 0, outcome.output
-    assert {run["key"]["method"] for run in json.loads(outcome.stdout)["runs"]} == set(chosen.split(","))
+    found = {(run["key"]["method"], run["key"]["backbone"]) for run in json.loads(outcome.stdout)["runs"]}
+    assert found == {(name, backbone) for name in chosen.split(",")} | {("zero-shot", "mini"), ("clip-adapter", "mini")}
+    assert (tmp_path / "out" / "zero-shot@mini" / "result.json").is_file()
+    again = call(*words)  # nothing is run again
+    assert "gain: over zero-shot on the same backbone" in again.stdout
+    alone = call(*words, "--clip-backbone", "none", "--json")
+    assert {run["key"]["backbone"] for run in json.loads(alone.stdout)["runs"]} == {backbone}
 
 
 def test_fewer_image_tokens(call, refused, photos, tmp_path, backbone):

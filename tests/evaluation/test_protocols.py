@@ -276,3 +276,51 @@ def test_settings_that_came_later_are_in_a_key_only_where_they_are_changed(backb
     assert setting not in plan_run(method, backbone, task).key.settings["method"]
     changed = plan_run(method, backbone, task, overrides=[f"{setting}={other}"]).key
     assert changed.settings["method"][setting] == other
+
+
+# --- both candidate lists ---------------------------------------------------------------------------------------------
+
+
+def few_images():
+    return dataclasses.replace(DIGITS, test=DIGITS.test.subset(np.arange(40)))
+
+
+@pytest.mark.parametrize("method", ["mllm-zero-shot", "vladva"])
+def test_mllms_answer_among_half_and_among_all_classes_from_one_pass(method, store, monkeypatch):
+    backbone, passes = tiny_mllm.load("llava"), []
+    kind, data = methods.get(method), few_images()
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: passes.append(len(x)) or forward(self, x))
+    if method == "mllm-zero-shot":  # whose own forward is what it looks for
+        monkeypatch.setattr(kind, "scores_alone", True)
+    given = {"overrides": quick_overrides(method)}
+
+    def done(**task):
+        plan = plan_run(method, backbone, make_task(data, "base-to-novel", 1, 1, **task), **given)
+        return run_method(plan, backbone, store=store).result
+
+    both = done()
+    assert sum(passes) == 40  # every image once
+    joint = done(joint=True)
+    base, novel, h = both.among_all
+    assert (base, novel) == (joint.part("base").accuracy, joint.part("novel").accuracy)
+    assert h == pytest.approx(joint.harmonic_mean)
+    assert base <= both.part("base").accuracy
+    assert novel <= both.part("novel").accuracy
+    assert joint.among_all == ()
+    assert both.part("base").metrics["among_all"]["classes"] == 10
+
+
+def test_answers_that_depend_on_the_list_are_not_picked_from_another(store):
+    backbone = tiny_mllm.load("llava")
+    task = make_task(few_images(), "base-to-novel", 1, 1)
+    plan = plan_run("mllm-zero-shot", backbone, task, overrides=["route=letters", "shifts=1"])
+    assert run_method(plan, backbone, store=store).result.among_all == ()
+
+
+def test_others_do_on_request(backbone, store):
+    task = make_task(few_images(), "base-to-novel", 2, 1)
+    for method, can in (("zero-shot", True), ("linear-probe", False)):  # one can't mix fitted and new classes
+        plan = plan_run(method, backbone, task)
+        assert run_method(plan, backbone, store=store).result.among_all == ()
+        assert bool(run_method(plan, backbone, store=store, both_lists=True).result.among_all) == can

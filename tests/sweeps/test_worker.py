@@ -6,16 +6,20 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.data import sources
 from adaptkit.evaluation import stored
+from adaptkit.evaluation.results import read_run
+from adaptkit.sweeps import worker
 from adaptkit.sweeps.claims import Claim, abandoned, in_progress
 from adaptkit.sweeps.plan import make_plan, place_of, states
 from adaptkit.sweeps.suite import read_suite
 from adaptkit.sweeps.worker import Job, Worker, WorkerSettings, is_full, jobs_file
+from adaptkit.training.checkpoints import Checkpoints
 
 
 def plan_for(methods, **content):
@@ -130,3 +134,26 @@ def test_a_dead_process_keeps_no_claim_and_its_half_made_folder_goes(tmp_path):
             assert abandoned(tmp_path) == [DIGEST]
             assert not half.exists()
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_training_that_was_cut_off_goes_on(bench, do, monkeypatch):
+    plan = plan_for(["coop"])
+    monkeypatch.setattr(worker, "Checkpoints", partial(Checkpoints, every=0))
+    write, written = Checkpoints.write, []
+
+    def until_the_end(self, facts, tensors):
+        write(self, facts, tensors)
+        written.append(facts.steps)
+        if len(written) == 3:
+            raise SystemExit  # the process ends
+
+    monkeypatch.setattr(Checkpoints, "write", until_the_end)
+    with pytest.raises(SystemExit):
+        do(plan)
+    digest = plan.runs[0].digest
+    assert len(list((bench.out / worker.UNFINISHED / digest).iterdir())) == 2
+    assert [outcome.state for outcome in do(plan)] == ["done"]
+    result = read_run(bench.out / place_of(digest))
+    assert result.fit["resumed_at"] == written[2]
+    assert any(f"gone on with after step {written[2]}" in warning for warning in result.warnings)
+    assert not (bench.out / worker.UNFINISHED / digest).exists()

@@ -235,6 +235,8 @@ def test_two_processes_run_as_one(variables, words, tmp_path):
     several = adaptkit(tmp_path / "two", *words, processes=2, **variables)
     assert several.returncode == 0, several.stderr
     one, two = json.loads(alone.stdout), json.loads(several.stdout)  # one of them printed
+    assert two["environment"]["processes"] == 2
+    assert two["environment"]["sharded"] == bool(variables)
     assert two["fit"]["losses"] == pytest.approx(one["fit"]["losses"], rel=1e-4)
     assert [part["total"] for part in two["parts"]] == [part["total"] for part in one["parts"]]
     for ours, theirs in zip(two["parts"], one["parts"], strict=True):

@@ -10,6 +10,7 @@ Source: peft 0.21, mapping.py (inject_adapter_in_model), tuners/tuners_utils.py.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -40,6 +41,8 @@ def load_peft() -> Any:
     Raises:
         UnsupportedError: It isn't installed.
     """
+    # it brings bitsandbytes, which warns of a faster kernel that could be installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return import_module("peft")
     except ImportError as error:

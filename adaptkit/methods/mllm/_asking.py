@@ -52,6 +52,10 @@ class AskingMethod(Method):
         )
 
     @property
+    def scores_alone(self) -> bool:
+        return False  # letters, decoding and matching choose among those asked for
+
+    @property
     def mllm(self) -> MLLM:
         return cast(MLLM, self.backbone)
 

@@ -121,6 +121,10 @@ class MllmZeroShot(AskingMethod):
         """Whether likelihoods are calibrated on the shots."""
         return self.config.route in ("likelihood", "letters") and self.config.normalisation == "calibrated"
 
+    @property
+    def scores_alone(self) -> bool:
+        return self.config.route == "likelihood" and type(self).forward is MllmZeroShot.forward
+
     # --- fitting ------------------------------------------------------------------------------------------------------
 
     def fit(self, task: FitTask, loop: TrainingLoop | None = None) -> dict[str, Any]:
