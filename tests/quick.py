@@ -27,6 +27,10 @@ def quick_overrides(name: str) -> list[str]:
         overrides.append("method.skew=iid")  # too few classes to be divided among clients
     if "examples" in kind.config_class.__dataclass_fields__:
         overrides.append("method.examples=2")  # as fit into a tiny model's context
+    if "tags" in kind.config_class.__dataclass_fields__:  # a random model writes without end
+        overrides += ["method.tags=false", "method.max_tokens=2", "method.rollouts=2"]
+    if "class_list" in kind.config_class.__dataclass_fields__:
+        overrides += ["method.samples=2", "method.class_list=never"]
     searched = [field for field in kind.config_class.__dataclass_fields__ if field.endswith("_steps")]
     return overrides + [f"method.{field}=3" for field in searched]
 

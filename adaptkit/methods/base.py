@@ -178,6 +178,14 @@ class Method(nn.Module):
         """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
         return {}
 
+    def judged_facts(self, labels: Sequence[int]) -> dict[str, Any]:
+        """The like that only the right classes tell (accuracies of by-products); asked for before `answer_facts`.
+
+        Args:
+            labels: Index among the current classes of each image that was answered, in order.
+        """
+        return {}
+
     def fold(self) -> Fold:
         """What answering needs for the current classes, and no more; call it without gradients.
 

@@ -55,6 +55,12 @@ def make(backbone, name, seed=0, names=NAMES):
         config = replace(config, epochs=min(config.epochs, 2))
     if hasattr(config, "examples"):  # as many as fit into the tiny model's context
         config = replace(config, examples=2)
+    if hasattr(config, "tags"):  # it learns from what it writes: short answers, and a route that always answers
+        config = replace(
+            config, tags=False, max_tokens=3, route="letters" if hasattr(config, "samples") else "likelihood"
+        )
+    if hasattr(config, "samples") and hasattr(config, "class_list"):
+        config = replace(config, samples=3, class_list="never")
     return kind(backbone, names, config=config, seed=seed, descriptions=DESCRIPTIONS)
 
 
@@ -142,7 +148,8 @@ def test_what_it_trains_moves(backbone, name):
     untouched = make(backbone, name).adapter_state()
     method, report = fitted(backbone, name)
     assert isinstance(report, dict)
-    if method.num_trained():
+    taught = any(share != 1 for share in report.get("equal_groups", [0]))  # answers rewarded alike teach nothing
+    if method.num_trained() and taught:
         state = method.adapter_state()
         assert any(key not in untouched or not torch.equal(untouched[key], value) for key, value in state.items())
 

@@ -32,6 +32,7 @@ KINDS = {
 }  # fmt: skip
 WHY_NOT = {
     "cocoop": "every image shifts its text prompts",
+    "dive-k": "the language model reads every image",
     "em-dirichlet": "depends on the images it is asked about with it",
     "fed-mp": "depends on the images it is asked about with it",
     "mllm-bitfit": "the language model reads every image",
@@ -43,6 +44,7 @@ WHY_NOT = {
     "transclip": "depends on the images it is asked about with it",
     "twin": "the language model reads every image",
     "unem": "depends on the images it is asked about with it",
+    "virft": "the language model reads every image",
     "vladva": "the language model reads every image",
 }
 

@@ -265,7 +265,9 @@ class GrpoMethod(TwinMethod):
     # --- what a method fills in ---------------------------------------------------------------------------------------
 
     def questions(self, inputs: Tensor, labels: Tensor) -> list[Question]:
-        """What is asked about a batch; random choices come from torch's own generator, which the loop has seeded.
+        """What is asked about a batch, of all its images or some.
+
+        Random choices come from torch's own generator, which the loop has seeded.
 
         Args:
             inputs: As `losses` takes them.
@@ -300,6 +302,8 @@ class GrpoMethod(TwinMethod):
             frozen: Not used.
         """
         asked = self.questions(inputs, labels)
+        if not asked:
+            return {"grpo": torch.stack([0.0 * parameter.sum() for parameter in self.trainables()]).sum()}
         seeds = torch.randint(2**62, (len(asked),)).tolist()  # one per question, whatever goes together below
         chunks = torch.arange(len(asked)).split(self.config.micro_batch or len(asked))
         drawn: list[Rollouts] = []

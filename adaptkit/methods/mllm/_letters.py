@@ -16,10 +16,13 @@ MOST_OPTIONS = len(string.ascii_uppercase)
 LETTERS = tuple(string.ascii_uppercase)
 
 
-def options_text(question: str, options: Sequence[str]) -> str:
-    """The question with its options, one lettered line each."""
+LETTER_ONLY = "Answer with the letter of the right option only."
+
+
+def options_text(question: str, options: Sequence[str], ending: str = LETTER_ONLY) -> str:
+    """The question with its options, one lettered line each, and how it is to be answered."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines, "Answer with the letter of the right option only."])
+    return "\n".join([question, *lines, ending])
 
 
 def shifted(order: Sequence[int], shift: int) -> list[int]:

@@ -95,13 +95,13 @@ class Matcher:
 
     def _contained(self, answer: str) -> int | None:
         """The only class whose words stand in the answer, else the only one in whose name the answer stands."""
-        inside = {index for index, name in enumerate(self.names) if _words_in(name, answer)}
-        inside |= {index for alias, index in self._aliases.items() if _words_in(alias, answer)}
+        inside = {index for index, name in enumerate(self.names) if words_in(name, answer)}
+        inside |= {index for alias, index in self._aliases.items() if words_in(alias, answer)}
         # "american robin" names it even where "robin" is a class as well
-        longest = {i for i in inside if not any(i != j and _words_in(self.names[i], self.names[j]) for j in inside)}
+        longest = {i for i in inside if not any(i != j and words_in(self.names[i], self.names[j]) for j in inside)}
         if longest:
             return longest.pop() if len(longest) == 1 else None
-        around = [index for index, name in enumerate(self.names) if _words_in(answer, name)]
+        around = [index for index, name in enumerate(self.names) if words_in(answer, name)]
         return around[0] if len(around) == 1 else None
 
     def _lenient(self, answer: str) -> int | None:
@@ -109,7 +109,7 @@ class Matcher:
         return next((i for i in order if self.names[i] in answer or answer in self.names[i]), None)
 
 
-def _words_in(part: str, whole: str) -> bool:
+def words_in(part: str, whole: str) -> bool:
     """Whether `part` stands in `whole` as whole words; a hyphen joins words."""
     return bool(part) and re.search(rf"(?<![\w-]){re.escape(part)}(?![\w-])", whole) is not None
 

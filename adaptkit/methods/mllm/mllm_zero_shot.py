@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,19 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
+from adaptkit.backbones.mllm.model import Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.base import MethodConfig
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod
+from adaptkit.methods.mllm._credit import Credit, check_taxonomy, includes
 from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LETTERS, MOST_OPTIONS, LetterTally, options_text, shifted, spread
 from adaptkit.methods.mllm._likelihood import Normalisation, fit_calibration, normalised
-from adaptkit.methods.mllm._matching import STEPS, Matcher
+from adaptkit.methods.mllm._matching import STEPS, Matcher, answer_of
 from adaptkit.types import FitTask, TrainingLoop
 
 Route = Literal["likelihood", "letters", "constrained", "open"]
+
+_KEPT = 200_000  # answers that wait for the record; one that serves for long isn't asked for it
 
 NOT_FOUND = -1e4
 """Logit of a class that constrained decoding dropped or a free answer doesn't name."""
@@ -76,6 +81,10 @@ class MllmZeroShotConfig(MethodConfig):
         default="wrong",
         metadata={"help": "open: an answer that names no class is wrong, or counts as the class nearest to its text."},
     )
+    taxonomy: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "open: what each class, or group, belongs to; the record then has credit for near misses."},
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -88,6 +97,7 @@ class MllmZeroShotConfig(MethodConfig):
             )
             if not ok
         ]
+        check_taxonomy(self.taxonomy)
         if self.route == "constrained" and not self.end_token:
             problems.append("end_token is off, but constrained decoding needs it to tell where a name ends")
         if problems:
@@ -109,6 +119,7 @@ class MllmZeroShot(AskingMethod):
         self._prior_memo: tuple[Any, Tensor] | None = None
         self._letters = LetterTally()
         self._steps: Counter[str] = Counter()
+        self._said: list[str] = []
         if self.calibrated:
             classes = len(self.fitted_names)
             self.register_buffer("scale", torch.ones(classes))
@@ -226,13 +237,18 @@ class MllmZeroShot(AskingMethod):
         nodes = self.mllm.node_scores(self.asked(features), trie)
         return constrained_beams(nodes, trie, self.config.beams).clamp(min=NOT_FOUND)
 
+    def asked_freely(self, features: ImageFeatures) -> Prefix:
+        """The question about each image that is answered freely."""
+        return self.asked(features)
+
     def _free(self, features: ImageFeatures) -> Tensor:
         """0 for the class that the answer names and `NOT_FOUND` for the others; all NaN where it names none."""
         matcher = Matcher(self.class_names, self.config.aliases, lenient=self.config.lenient)
         logits = torch.full((len(features), len(self.class_names)), NOT_FOUND, device=self.backbone.device)
-        answers = self.mllm.generate(self.asked(features), self.config.max_tokens)
+        answers = self.mllm.generate(self.asked_freely(features), self.config.max_tokens)
         for row, ids in enumerate(answers):
             text = self.mllm.prompter.text(ids)
+            self._said += [text] * (len(self._said) < _KEPT)
             index, step = (found := matcher.match(text)).index, found.step
             if index is None and text and self.config.unmatched == "nearest":
                 index, step = self._nearest(text), "embedding"
@@ -246,10 +262,36 @@ class MllmZeroShot(AskingMethod):
     def _nearest(self, text: str) -> int:
         """The class whose name's text feature is nearest to the answer's."""
         features = F.normalize(self.backbone.text_features(self.shown_names), dim=-1)
-        own = F.normalize(self.backbone.text_features([text]), dim=-1)
+        own = F.normalize(self.backbone.text_features([self._without_control(text)]), dim=-1)
         return int((features @ own[0]).argmax())
 
     # --- the record ---------------------------------------------------------------------------------------------------
+
+    def judged_facts(self, labels: Sequence[int]) -> dict[str, Any]:
+        """What free answers are worth beside right or wrong: inclusion of the name, similarity, credit by taxonomy."""
+        if len(self._said) != len(labels) or not self._said:
+            return {}  # answered by another route
+        pairs = [(text, int(label)) for text, label in zip(self._said, labels, strict=True)]
+        plain = [self._without_control(answer_of(text)) for text, _ in pairs]
+        texts = list(dict.fromkeys(plain))
+        said, right = (F.normalize(self.backbone.text_features(some), dim=-1) for some in (texts, self.shown_names))
+        places = {text: place for place, text in enumerate(texts)}
+        similar = said[[places[text] for text in plain]] * right[[label for _, label in pairs]]
+        names = self.shown_names
+        facts = {
+            "text_inclusion": sum(includes(text, names[label]) for text, label in pairs) / len(pairs),
+            "embedding_similarity": float(similar.sum(dim=1).mean()),
+        }
+        if self.config.taxonomy:
+            credit = Credit(self.class_names, self.config.taxonomy, self.config.aliases)
+            facts["hierarchical_credit"] = sum(credit.of(text, label) for text, label in pairs) / len(pairs)
+        return facts
+
+    def _without_control(self, text: str) -> str:
+        """An answer as a text that can be read again."""
+        for token in self.mllm.prompter.control_tokens:
+            text = text.replace(token, " ")
+        return text.strip() or "nothing"
 
     def answer_facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
@@ -259,5 +301,5 @@ class MllmZeroShot(AskingMethod):
         total = sum(self._steps.values())
         if total:
             facts |= {f"share_{step}": self._steps[step] / total for step in STEPS}
-        self._letters, self._steps = LetterTally(), Counter()
+        self._letters, self._steps, self._said = LetterTally(), Counter(), []
         return {key: value for key, value in facts.items() if not (isinstance(value, float) and math.isnan(value))}
