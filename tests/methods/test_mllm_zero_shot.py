@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError, DataError, UnsupportedError
+from adaptkit.errors import AdaptKitError, ConfigError, DataError, UnsupportedError
 from adaptkit.methods import methods
 from adaptkit.methods.mllm._credit import Credit, includes, lineage
 from adaptkit.methods.mllm._decoding import constrained_beams
@@ -146,6 +146,36 @@ def test_letters_of_more_classes_than_options(backbone, pixels):
     likely = ask(make(backbone, names), pixels).topk(2, dim=1).indices
     logits = ask(make(backbone, names, route="letters", options=2), pixels)
     assert logits.topk(2, dim=1).indices.sort(dim=1).values.tolist() == likely.sort(dim=1).values.tolist()
+
+
+def test_a_dual_encoder_can_choose_the_options(backbone):
+    """The options are the classes that `mini` itself, on its own pixels of the image, finds nearest."""
+    from adaptkit.backbones.load import load_backbone
+
+    names = ("ship", "cat", "dog", "bird", "cow")
+    square = tiny.pixels(3, 32)
+    method = make(backbone, names, route="letters", options=2, shortlist="mini")
+    logits = ask(method, square)
+    mini = load_backbone("mini")
+    plan = mini.spec.preprocessing
+    assert plan.image_size == 32
+    plain = (square - torch.tensor(plan.mean)[:, None, None]) / torch.tensor(plan.std)[:, None, None]
+    with torch.no_grad():
+        wanted = methods.get("zero-shot")(mini, names)(mini.encode_image(plain))
+    assert (
+        logits.topk(2, dim=1).indices.sort(dim=1).values.tolist()
+        == wanted.topk(2, dim=1).indices.sort(dim=1).values.tolist()
+    )
+    for row, scores in zip(logits, wanted, strict=True):  # the others come in the order of its scores
+        rest = scores.topk(5).indices[2:]
+        assert row[rest].tolist() == sorted(row[rest].tolist(), reverse=True)
+    assert make(backbone, names, shortlist="mini")._shortlister is None  # another route
+
+
+def test_shortlists_that_cannot_be_made(backbone):
+    for name, message in ((f"transformers:{tiny.save('llava')}", "isn't a CLIP-like"), ("minni", "mini")):
+        with pytest.raises(AdaptKitError, match=message):
+            make(backbone, route="letters", shortlist=name)
 
 
 def test_letter_pieces():

@@ -2,7 +2,8 @@
 
 Source: mllm sheet `few-shot-classifier.md`, routes 1 to 4 (likelihood scoring over a prefix tree, cyclic multiple
 choice, constrained generation, open-ended generation with matching); sheet `base-to-novel.md` for the defaults.
-Differs from the sheet: a multiple choice of more classes than options is shortlisted by the likelihood route.
+Differs from the sheet: a multiple choice of more classes than options is shortlisted by the likelihood route, or by a
+dual encoder (see `_shortlist.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LETTERS, MOST_OPTIONS, LetterTally, options_text, shifted, spread
 from adaptkit.methods.mllm._likelihood import Normalisation, fit_calibration, normalised
 from adaptkit.methods.mllm._matching import STEPS, Matcher, answer_of
+from adaptkit.methods.mllm._shortlist import Shortlister
 from adaptkit.types import FitTask, TrainingLoop
 
 Route = Literal["likelihood", "letters", "constrained", "open"]
@@ -66,6 +68,10 @@ class MllmZeroShotConfig(MethodConfig):
         default=True, metadata={"help": "Count the token that ends the answer as part of each name."}
     )
     options: int = field(default=4, metadata={"help": "letters: options per question; more classes are shortlisted."})
+    shortlist: str = field(
+        default="",
+        metadata={"help": "letters: a CLIP-like backbone that chooses the options, such as mini; empty: likelihood."},
+    )
     shifts: int = field(
         default=0, metadata={"help": "letters: rotations averaged over; 0 is one per option, at most 5."}
     )
@@ -120,6 +126,8 @@ class MllmZeroShot(AskingMethod):
         self._letters = LetterTally()
         self._steps: Counter[str] = Counter()
         self._said: list[str] = []
+        lists = self.config.route == "letters" and self.config.shortlist
+        self._shortlister = Shortlister(self.config.shortlist, self.backbone.device) if lists else None
         if self.calibrated:
             classes = len(self.fitted_names)
             self.register_buffer("scale", torch.ones(classes))
@@ -171,6 +179,10 @@ class MllmZeroShot(AskingMethod):
             "open": self._free,
         }[self.config.route]
         with torch.no_grad():
+            if self._shortlister is not None:
+                scores = self._shortlister.scores(inputs.to(self.backbone.device), self.class_names, self.templates)
+                groups = zip(self.in_groups(inputs), scores.split(self.at_once()), strict=True)
+                return torch.cat([self._lettered(group, own) for group, own in groups])
             return torch.cat([answer(group) for group in self.in_groups(inputs)])
 
     def _plain_scores(self, features: ImageFeatures) -> Tensor:
@@ -205,14 +217,19 @@ class MllmZeroShot(AskingMethod):
 
     # --- letters ------------------------------------------------------------------------------------------------------
 
-    def _lettered(self, features: ImageFeatures) -> Tensor:
-        """Mean log-probability of each option over the shifts; classes that aren't among the options come below."""
+    def _lettered(self, features: ImageFeatures, scores: Tensor | None = None) -> Tensor:
+        """Mean log-probability of each option over the shifts; classes that aren't among the options come below.
+
+        Args:
+            features: The images.
+            scores: What options are chosen by, [images, classes]; None for the likelihood route's.
+        """
         count = min(self.config.options, len(self.class_names))
         if count == len(self.class_names):
             scores = torch.zeros(len(features), count, device=self.backbone.device)
             shortlist = torch.arange(count, device=scores.device).expand(len(features), -1)
         else:
-            scores = self._likelihood(features)
+            scores = self._likelihood(features) if scores is None else scores
             shortlist = scores.topk(count, dim=1).indices
         shifts = min(self.config.shifts or 5, count)
         total = scores.new_zeros(shortlist.shape)
