@@ -395,7 +395,10 @@ class _Run:
         answered = np.ones(len(labels), dtype=bool)
         if method.needs_mllm:  # any other method's NaN is an error, which the metrics refuse
             logits, answered = counted_wrong(logits, labels)
-        metrics = compute_metrics(logits, labels, len(part.split.class_names))
+        classes = len(part.split.class_names)
+        metrics = compute_metrics(logits, labels, logits.shape[1])
+        if logits.shape[1] > classes:
+            metrics = replace(metrics, num_classes=classes, per_class=metrics.per_class[:classes])
         confidence = np.where(answered, np.exp(log_softmax(logits).max(axis=1)), 0.0)
         predicted = np.where(answered, logits.argmax(axis=1), -1)
         more: dict[str, Any] = {"among_all": among_all} if every else {}
@@ -550,7 +553,7 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     """Logits in which an image without an answer counts as wrong, and which images have one.
 
     A method that gets no usable answer for an image gives a row of NaN. In place of it all classes but the right one
-    share the probability, so that no metric profits. Of a single class there is nothing else to say, and it counts.
+    share the probability, so that no metric profits. A single class gets a second column for "none of it".
 
     Args:
         logits: [n, classes].
@@ -562,10 +565,11 @@ def counted_wrong(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     answered = ~np.isnan(logits).all(axis=1)
     if answered.all():
         return logits, answered
+    if logits.shape[1] == 1:
+        return np.where(answered[:, None] == [[True, False]], 0.0, -np.inf), answered
     logits = logits.copy()
     logits[~answered] = 0.0
-    if logits.shape[1] > 1:
-        logits[~answered, labels[~answered]] = -np.inf
+    logits[~answered, labels[~answered]] = -np.inf
     return logits, answered
 
 

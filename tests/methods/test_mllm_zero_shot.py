@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError, DataError, UnsupportedError
+from adaptkit.errors import AdaptKitError, ConfigError, DataError, UnsupportedError
 from adaptkit.methods import methods
+from adaptkit.methods.mllm._credit import Credit, includes, lineage
 from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LetterTally, shifted, spread
 from adaptkit.methods.mllm._likelihood import fit_calibration
@@ -145,6 +148,36 @@ def test_letters_of_more_classes_than_options(backbone, pixels):
     assert logits.topk(2, dim=1).indices.sort(dim=1).values.tolist() == likely.sort(dim=1).values.tolist()
 
 
+def test_a_dual_encoder_can_choose_the_options(backbone):
+    """The options are the classes that `mini` itself, on its own pixels of the image, finds nearest."""
+    from adaptkit.backbones.load import load_backbone
+
+    names = ("ship", "cat", "dog", "bird", "cow")
+    square = tiny.pixels(3, 32)
+    method = make(backbone, names, route="letters", options=2, shortlist="mini")
+    logits = ask(method, square)
+    mini = load_backbone("mini")
+    plan = mini.spec.preprocessing
+    assert plan.image_size == 32
+    plain = (square - torch.tensor(plan.mean)[:, None, None]) / torch.tensor(plan.std)[:, None, None]
+    with torch.no_grad():
+        wanted = methods.get("zero-shot")(mini, names)(mini.encode_image(plain))
+    assert (
+        logits.topk(2, dim=1).indices.sort(dim=1).values.tolist()
+        == wanted.topk(2, dim=1).indices.sort(dim=1).values.tolist()
+    )
+    for row, scores in zip(logits, wanted, strict=True):  # the others come in the order of its scores
+        rest = scores.topk(5).indices[2:]
+        assert row[rest].tolist() == sorted(row[rest].tolist(), reverse=True)
+    assert make(backbone, names, shortlist="mini")._shortlister is None  # another route
+
+
+def test_shortlists_that_cannot_be_made(backbone):
+    for name, message in ((f"transformers:{tiny.save('llava')}", "isn't a CLIP-like"), ("minni", "mini")):
+        with pytest.raises(AdaptKitError, match=message):
+            make(backbone, route="letters", shortlist=name)
+
+
 def test_letter_pieces():
     assert shifted([0, 1, 2], 2) == [2, 0, 1]
     tally = LetterTally()
@@ -245,7 +278,9 @@ def test_unanswered_images_are_counted_wrong():
     assert (metrics.correct, metrics.total) == (1, 3)
     assert np.isnan(logits[1]).all()
     assert counted_wrong(filled, labels)[0] is filled
-    assert counted_wrong(np.array([[np.nan]]), np.array([0]))[0].tolist() == [[0.0]]
+    filled, answered = counted_wrong(np.array([[np.nan], [3.0]]), np.array([0, 0]))
+    assert answered.tolist() == [False, True]
+    assert (compute_metrics(filled, np.array([0, 0]), 2).correct, filled.shape) == (1, (2, 2))
 
 
 # --- questions and refusals -------------------------------------------------------------------------------------------
@@ -298,3 +333,87 @@ def test_every_family(kind):
     assert torch.isfinite(ask(make(backbone, route="letters"), images)).all()
     names = methods.get("tip-adapter")(backbone, NAMES).class_names
     assert names == NAMES
+
+
+# --- partial credit ---------------------------------------------------------------------------------------------------
+
+TAXONOMY = {"ship": "vehicle", "ship_wreck": "vehicle", "cat": "pet", "hot dog": "food", "pet": "animal"}
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "credit"),
+    [
+        ("A cat.", 2, 1.0),
+        ("<answer>pet</answer>", 2, 2 * 2 / 5),  # cat, pet, animal against pet, animal
+        ("an animal", 2, 2 / 4),
+        ("a ship", 1, 2 / 4),  # another class of its group
+        ("vehicle", 1, 2 / 3),
+        ("hot dog", 2, 0.0),
+        ("no idea", 2, 0.0),
+        ("", 2, 0.0),
+        ("a kitty", 2, 1.0),
+    ],
+)
+def test_hierarchical_credit(text, label, credit):
+    assert Credit(NAMES, TAXONOMY, {"cat": ("kitty",)}).of(text, label) == pytest.approx(credit)
+
+
+def test_taxonomies():
+    assert lineage("cat", TAXONOMY) == ["cat", "pet", "animal"]
+    assert lineage("stone", TAXONOMY) == ["stone"]
+    assert Credit(NAMES, {}).of("cat", 2) == 1
+    for wrong in ({"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}):
+        with pytest.raises(ConfigError, match="belongs to itself"):
+            MllmZeroShotConfig(taxonomy=wrong)
+
+
+def test_names_are_included_as_words():
+    assert includes("It is a Ship-wreck, surely", "ship-wreck")
+    assert not includes("shipping", "ship")
+    assert not includes("", "ship")
+    assert not includes("cat <answer>dog</answer>", "cat")
+
+
+def test_free_answers_are_judged(backbone, pixels, monkeypatch):
+    said = iter(["a cat", "the pet <image>", ""])
+    monkeypatch.setattr(backbone.prompter, "text", lambda ids: next(said))
+    method = make(backbone, route="open", max_tokens=2, taxonomy=TAXONOMY)
+    ask(method, pixels)
+    facts = method.judged_facts([2, 2, 0])
+    assert facts["text_inclusion"] == pytest.approx(1 / 3)
+    assert facts["hierarchical_credit"] == pytest.approx((1 + 0.8 + 0) / 3)
+    words = torch.nn.functional.normalize(
+        backbone.text_features(["a cat", "the pet", "nothing", "cat", "ship"]), dim=-1
+    )
+    wanted = (words[0] @ words[3] + words[1] @ words[3] + words[2] @ words[4]) / 3
+    assert facts["embedding_similarity"] == pytest.approx(float(wanted), abs=1e-5)
+    assert method.judged_facts([2, 2]) == {}  # other images
+    method.answer_facts()
+    assert method.judged_facts([2, 2, 0]) == {}
+    assert "hierarchical_credit" not in make(backbone, route="open").judged_facts([])
+
+
+def test_one_class_can_be_wrong(backbone, monkeypatch):
+    """A run on one class: an answer that names nothing isn't right for want of another class."""
+    from adaptkit.data.sources import load_dataset
+    from adaptkit.evaluation.protocols import plan_run, run_method
+    from adaptkit.evaluation.tasks import make_task
+
+    data = load_dataset("digits")
+    kept = {
+        name: [i for i, label in enumerate(getattr(data, name).labels) if label == 0][:4] for name in ("train", "test")
+    }
+    one = replace(
+        data,
+        class_names=data.class_names[:1],
+        train=replace(data.train.subset(kept["train"]), class_names=data.class_names[:1]),
+        val=None,
+        test=replace(data.test.subset(kept["test"]), class_names=data.class_names[:1]),
+    )
+    said = iter(["no idea", data.class_names[0], "no idea", "no idea"])
+    monkeypatch.setattr(backbone.prompter, "text", lambda ids: next(said))
+    task = make_task(one, "few-shot", 1, 0)
+    plan = plan_run("mllm-zero-shot", backbone, task, overrides=["method.route=open", "method.max_tokens=2"])
+    part = run_method(plan, backbone).result.parts[0]
+    assert (part.correct, part.total, part.num_classes) == (1, 4, 1)
+    assert part.metrics["answers"]["share_none"] == 0.75

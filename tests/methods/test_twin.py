@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
-from adaptkit.methods.adapter import load_adapter, save_adapter
+from adaptkit.errors import BackboneError, ConfigError, DataError, UnknownNameError, UnsupportedError
+from adaptkit.methods.adapter import AdaptedModel, load_adapter, save_adapter
 from adaptkit.methods.mllm._tuning import NumberedInputs
-from adaptkit.methods.mllm.twin import PairInputs, Twin, TwinConfig
+from adaptkit.methods.mllm.twin import PairInputs, Twin, TwinConfig, reward
 from adaptkit.storage import read_safetensors
 from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
 from tests.backbones import tiny_mllm as tiny
-from tests.backbones.test_mllm import brute_force
+from tests.methods.test_mllm_icl import by_hand
 from tests.methods.tiny import NAMES, drawn_images, make_task, query
 
 pytest.importorskip("peft")
@@ -68,9 +68,11 @@ def words_by_hand(method, batch, *, end):
     turn = Turn(method.pair_question, 2)
     with torch.no_grad():
         features = method.features(method.images[places.flatten()].float() / 255)
-    rows = [method.mllm.prompter.ids([turn], features.counts[:2])] * len(pairs)
+    row = method.mllm.prompter.ids([turn], features.counts[:2])
     answers = method.mllm.prompter.answers([turn], ["no", "yes"], end=end)
-    return brute_force(method.mllm, rows, features, answers), method._pairs.same[pairs]
+    pair = lambda i: features.select([2 * i, 2 * i + 1])  # noqa: E731
+    scores = torch.cat([by_hand(method.mllm, row, pair(i), answers) for i in range(len(pairs))])
+    return scores, method._pairs.same[pairs]
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -116,17 +118,83 @@ def test_batches_are_balanced_or_as_the_pairs_are():
     assert single.labels.tolist() == [0, 0, 0]
 
 
+def grey(shots, seed):
+    """Dark and light noise, half of the images each."""
+    labels = torch.arange(2).repeat_interleave(shots)
+    noise = 0.05 * torch.randn(2 * shots, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+    return TensorInputs((0.1 + 0.8 * labels[:, None, None, None] + noise)[None], labels)
+
+
 def test_a_toy_problem_is_separated(llava):
-    """Patterns under noise: yes to pairs of one pattern, no to others, also on images that weren't trained on."""
-    method = make(llava, confused=0.0, near=0.0, pairs=24)
-    report = trained(method, epochs=12, lr=1e-2, shots=4, val=True)
-    assert report["losses"][-1] < 0.3 < report["losses"][0]
+    """A model that always says no learns to tell pairs apart, also of images that it didn't see, and then classes."""
+    method = make(llava, ("dark", "light"), confused=0.0, near=0.0, pairs=12)
+    settings = replace(method.default_training, epochs=10, lr=1e-2)
+    report = fit_method(method, FitTask(("dark", "light"), grey(4, 1), grey(2, 2)), settings)
+    assert report["losses"][-1] < 0.1 < report["losses"][0]
     assert report["measured_on"] == "validation images"
-    assert report["before"]["accuracy"] < 0.8 < report["after"]["accuracy"]
-    assert 0.3 < report["after"]["yes_rate"] < 0.7
+    assert report["before"]["accuracy"] == 0.5
+    assert report["before"]["yes_rate"] == 0
+    assert report["after"] == {"accuracy": 1, "yes_rate": 0.5, "swap_consistency": 1, "majority_rate": 0.5}
+    new = grey(2, 3)
     with torch.no_grad():
-        logits = method(query(llava, "images", 8))
-    assert (logits.argmax(dim=1) == torch.arange(8) % 4).float().mean() > 0.7
+        assert method(new.values[0]).argmax(dim=1).tolist() == new.labels.tolist()
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "tagged", "word"),
+    [
+        ("They match. <answer>yes</answer>", True, "yes"),
+        ("<answer> No! </answer>", True, "no"),
+        ("<answer>no</answer> wait: <answer>Yes.</answer>", True, "yes"),
+        ("<answer>yes", True, "yes"),
+        ("yes", True, None),
+        ("", True, None),
+        ("<answer></answer>", True, None),
+        ("<answer>yes and no</answer>", True, None),
+        ("<answer>yes</answer><answer>maybe</answer>", True, None),
+        ("Yes.", False, "yes"),
+        ("no", False, "no"),
+        ("yes, they do", False, None),
+        ("<answer>yes</answer>", False, None),
+        ("", False, None),
+    ],
+)
+def test_the_reward_table(text, tagged, word):
+    assert [reward(text, wanted, tagged=tagged) for wanted in ("yes", "no")] == [word == "yes", word == "no"]
+
+
+GRPO = {"mode": "grpo", "rollouts": 3, "max_tokens": 4}
+
+
+def test_questions_are_the_pairs(llava):
+    method, _ = prepared(llava, **GRPO)
+    numbers = method._image_numbers(torch.tensor([2, 5]), torch.zeros(2, dtype=torch.int64))
+    assert numbers.tolist() == method._pairs.places[[2, 5]].flatten().tolist()
+    asked = method.questions(numbers, method._pairs.same[[2, 5]])
+    assert [question.images for question in asked] == [(0, 1), (2, 3)]
+    assert [question.truth for question in asked] == ["yes" if same else "no" for same in method._pairs.same[[2, 5]]]
+    text = method.mllm.prompter.render(asked[0].turns)
+    assert "Same object? First explain" in text
+    assert text.count("<image>") == 2
+    row = method.pair_rows(method.features(tiny.pixels(2)))[0]
+    assert method.mllm.prompter.tokenizer.decode(row).endswith("ASSISTANT:<answer>")
+
+
+def test_grpo_learns_from_what_it_wrote(llava, monkeypatch):
+    """Rewarded for what a random model does now and then, it does it more."""
+    monkeypatch.setattr(Twin, "rewards", lambda self, text, question: {"accuracy": float("e" in text)})
+    method = make(llava, explain=False, micro_batch=4, **{**GRPO, "rollouts": 8, "max_tokens": 3})
+    report = trained(method, epochs=4, lr=2e-2)
+    assert report["mode"] == "grpo"
+    assert len(report["reward_accuracy"]) == 4
+    assert report["reward_accuracy"][-1] > report["reward_accuracy"][0] + 0.2
+    with torch.no_grad():
+        assert torch.isfinite(method(query(llava, "images", 1))).all()
+    with pytest.raises(BackboneError, match="two images with its answer"):
+        make(llava, mode="grpo")  # max_tokens is 1024
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -214,7 +282,7 @@ def test_other_classes_without_shots_are_the_untrained_models(llava):
 def test_an_adapter_comes_back_with_its_peft_folder(llava, tmp_path):
     method = make(llava)
     trained(method)
-    save_adapter(method, tmp_path / "a")
+    save_adapter(tmp_path / "a", AdaptedModel(method))
     again = load_adapter(tmp_path / "a", llava).method
     inputs = query(llava, "images", 2)
     with torch.no_grad():
@@ -231,10 +299,12 @@ def test_an_adapter_comes_back_with_its_peft_folder(llava, tmp_path):
     ("settings", "message"),
     [
         ({"near": 0.8, "confused": 0.5}, "add up to 1.3"),
+        ({"mode": "grpo", "dropout": 0.1}, "0 with mode grpo"),
+        ({"rollouts": 1}, "rollouts is 1"),
         ({"near": -0.1}, "near is -0.1"),
         ({"ratio": 0.0}, "ratio is 0.0"),
         ({"ratio": float("nan")}, "ratio is nan"),
-        ({"related": 0.5, "near": 0.0}, "needs a taxonomy"),
+        ({"related": 0.5, "near": 0.0}, "taxonomy is {}, but must be the parent"),
         ({"held_out": 0.9}, "held_out is 0.9"),
         ({"r": 0}, "r is 0"),
         ({"pairs": -1}, "pairs is -1"),

@@ -14,6 +14,9 @@ from typing import Literal
 Step = Literal["exact", "alias", "containment", "embedding", "none"]
 STEPS: tuple[Step, ...] = ("exact", "alias", "containment", "embedding", "none")
 
+OPENING_TAG = "<answer>"
+"""What stands in front of an answer that is asked for in tags."""
+
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:a|an|the) ")
 
@@ -31,10 +34,16 @@ class Match:
     step: Step
 
 
+def tagged_answer(text: str) -> str | None:
+    """The last `<answer>` span, or None where there is none."""
+    spans: list[str] = _TAGGED.findall(text)
+    return spans[-1] if spans else None
+
+
 def answer_of(text: str) -> str:
     """The last `<answer>` span, or the whole text where it has none."""
-    spans = _TAGGED.findall(text)
-    return spans[-1] if spans else text
+    found = tagged_answer(text)
+    return text if found is None else found
 
 
 def normalise(text: str) -> str:
@@ -86,13 +95,13 @@ class Matcher:
 
     def _contained(self, answer: str) -> int | None:
         """The only class whose words stand in the answer, else the only one in whose name the answer stands."""
-        inside = {index for index, name in enumerate(self.names) if _words_in(name, answer)}
-        inside |= {index for alias, index in self._aliases.items() if _words_in(alias, answer)}
+        inside = {index for index, name in enumerate(self.names) if words_in(name, answer)}
+        inside |= {index for alias, index in self._aliases.items() if words_in(alias, answer)}
         # "american robin" names it even where "robin" is a class as well
-        longest = {i for i in inside if not any(i != j and _words_in(self.names[i], self.names[j]) for j in inside)}
+        longest = {i for i in inside if not any(i != j and words_in(self.names[i], self.names[j]) for j in inside)}
         if longest:
             return longest.pop() if len(longest) == 1 else None
-        around = [index for index, name in enumerate(self.names) if _words_in(answer, name)]
+        around = [index for index, name in enumerate(self.names) if words_in(answer, name)]
         return around[0] if len(around) == 1 else None
 
     def _lenient(self, answer: str) -> int | None:
@@ -100,7 +109,7 @@ class Matcher:
         return next((i for i in order if self.names[i] in answer or answer in self.names[i]), None)
 
 
-def _words_in(part: str, whole: str) -> bool:
+def words_in(part: str, whole: str) -> bool:
     """Whether `part` stands in `whole` as whole words; a hyphen joins words."""
     return bool(part) and re.search(rf"(?<![\w-]){re.escape(part)}(?![\w-])", whole) is not None
 

@@ -69,7 +69,7 @@ class PairwiseMethod(AskingMethod):
         self.register_buffer("images", torch.zeros(0, 3, side, side, dtype=torch.uint8))
         self.register_buffer("targets", torch.zeros(0, dtype=torch.int64))
         self._shots_memo: ImageFeatures | None = None
-        self._tally = PairTally()
+        self._pair_tally = PairTally()
 
     # --- the shots ----------------------------------------------------------------------------------------------------
 
@@ -109,9 +109,10 @@ class PairwiseMethod(AskingMethod):
     def features(self, pixels: Tensor) -> ImageFeatures:
         return self.seen(pixels, asked(self.config.pair_prompt, self.noun))
 
-    def check_pair_length(self) -> None:
-        """Refuse a pair question that doesn't fit into the context."""
-        self.mllm.prompter.ids([Turn(self.pair_question, 2)], [self.placeholders] * 2)
+    def check_pair_length(self, answer: int = 0) -> None:
+        """Refuse a pair question that doesn't fit into the context, with `answer` tokens behind it."""
+        row = self.mllm.prompter.ids([Turn(self.pair_question, 2)], [self.placeholders] * 2, check=False)
+        self.mllm.prompter.check_length(len(row) + answer, "A question about two images with its answer")
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -157,10 +158,10 @@ class PairwiseMethod(AskingMethod):
         pairs = [(query, shots.select([index])) for index in supports]
         forth = self.margins_of(pairs)
         if not self.config.both_orders:
-            self._tally.add(forth[:, None])
+            self._pair_tally.add(forth[:, None])
             return forth
         both = torch.stack([forth, self.margins_of([(second, first) for first, second in pairs])], dim=1)
-        self._tally.add(both)
+        self._pair_tally.add(both)
         return both.mean(dim=1)
 
     def margins_of(self, pairs: list[tuple[ImageFeatures, ImageFeatures]]) -> Tensor:
@@ -173,13 +174,13 @@ class PairwiseMethod(AskingMethod):
 
     def margins(self, features: ImageFeatures) -> Tensor:
         """log p(yes) - log p(no) that two neighbours in `features` show the same, fp32 [images / 2], differentiable."""
-        words = self.word_scores(self.pair_prefix(features), ("yes", "no"))
+        words = self.word_scores(self.mllm.prefix(self.pair_rows(features), features), ("yes", "no"))
         return words[:, 0] - words[:, 1]
 
-    def pair_prefix(self, features: ImageFeatures) -> Any:
-        """The question about each pair of neighbours in `features`, up to where the word begins."""
-        return self.prefix(features, [[Turn(self.pair_question, 2)]] * (len(features) // 2))
+    def pair_rows(self, features: ImageFeatures) -> list[list[int]]:
+        """Token ids of the question about each two neighbours, up to where the word begins."""
+        return self.prompt_rows(features, [[Turn(self.pair_question, 2)]] * (len(features) // 2))
 
     def answer_facts(self) -> dict[str, Any]:
-        tally, self._tally = self._tally, PairTally()
+        tally, self._pair_tally = self._pair_tally, PairTally()
         return tally.facts()

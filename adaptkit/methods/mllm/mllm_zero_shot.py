@@ -2,13 +2,15 @@
 
 Source: mllm sheet `few-shot-classifier.md`, routes 1 to 4 (likelihood scoring over a prefix tree, cyclic multiple
 choice, constrained generation, open-ended generation with matching); sheet `base-to-novel.md` for the defaults.
-Differs from the sheet: a multiple choice of more classes than options is shortlisted by the likelihood route.
+Differs from the sheet: a multiple choice of more classes than options is shortlisted by the likelihood route, or by a
+dual encoder (see `_shortlist.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,14 +25,18 @@ from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, DataError
 from adaptkit.methods import methods
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod
+from adaptkit.methods.mllm._credit import Credit, check_taxonomy, includes
 from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LETTERS, MOST_OPTIONS, LetterTally, options_text, shifted, spread
 from adaptkit.methods.mllm._likelihood import Normalisation, fit_calibration, normalised
-from adaptkit.methods.mllm._matching import STEPS, Matcher
+from adaptkit.methods.mllm._matching import STEPS, Matcher, answer_of
 from adaptkit.methods.mllm._reducing import ReducingConfig
+from adaptkit.methods.mllm._shortlist import Shortlister
 from adaptkit.types import FitTask, TrainingLoop
 
 Route = Literal["likelihood", "letters", "constrained", "open"]
+
+_KEPT = 200_000  # answers that wait for the record; one that serves for long isn't asked for it
 
 NOT_FOUND = -1e4
 """Logit of a class that constrained decoding dropped or a free answer doesn't name."""
@@ -62,6 +68,10 @@ class MllmZeroShotConfig(ReducingConfig):
         default=True, metadata={"help": "Count the token that ends the answer as part of each name."}
     )
     options: int = field(default=4, metadata={"help": "letters: options per question; more classes are shortlisted."})
+    shortlist: str = field(
+        default="",
+        metadata={"help": "letters: a CLIP-like backbone that chooses the options, such as mini; empty: likelihood."},
+    )
     shifts: int = field(
         default=0, metadata={"help": "letters: rotations averaged over; 0 is one per option, at most 5."}
     )
@@ -77,6 +87,10 @@ class MllmZeroShotConfig(ReducingConfig):
         default="wrong",
         metadata={"help": "open: an answer that names no class is wrong, or counts as the class nearest to its text."},
     )
+    taxonomy: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "open: what each class, or group, belongs to; the record then has credit for near misses."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +104,7 @@ class MllmZeroShotConfig(ReducingConfig):
             )
             if not ok
         ]
+        check_taxonomy(self.taxonomy)
         if self.route == "constrained" and not self.end_token:
             problems.append("end_token is off, but constrained decoding needs it to tell where a name ends")
         if problems:
@@ -111,6 +126,9 @@ class MllmZeroShot(AskingMethod):
         self._prior_memo: tuple[Any, Tensor] | None = None
         self._letters = LetterTally()
         self._steps: Counter[str] = Counter()
+        self._said: list[str] = []
+        lists = self.config.route == "letters" and self.config.shortlist
+        self._shortlister = Shortlister(self.config.shortlist, self.backbone.device) if lists else None
         if self.calibrated:
             classes = len(self.fitted_names)
             self.register_buffer("scale", torch.ones(classes))
@@ -166,6 +184,10 @@ class MllmZeroShot(AskingMethod):
             "open": self._free,
         }[self.config.route]
         with torch.no_grad():
+            if self._shortlister is not None:
+                scores = self._shortlister.scores(inputs.to(self.backbone.device), self.class_names, self.templates)
+                groups = zip(self.in_groups(inputs), scores.split(self.at_once()), strict=True)
+                return torch.cat([self._lettered(group, own) for group, own in groups])
             return torch.cat([answer(group) for group in self.in_groups(inputs)])
 
     def _plain_scores(self, features: ImageFeatures) -> Tensor:
@@ -200,14 +222,19 @@ class MllmZeroShot(AskingMethod):
 
     # --- letters ------------------------------------------------------------------------------------------------------
 
-    def _lettered(self, features: ImageFeatures) -> Tensor:
-        """Mean log-probability of each option over the shifts; classes that aren't among the options come below."""
+    def _lettered(self, features: ImageFeatures, scores: Tensor | None = None) -> Tensor:
+        """Mean log-probability of each option over the shifts; classes that aren't among the options come below.
+
+        Args:
+            features: The images.
+            scores: What options are chosen by, [images, classes]; None for the likelihood route's.
+        """
         count = min(self.config.options, len(self.class_names))
         if count == len(self.class_names):
             scores = torch.zeros(len(features), count, device=self.backbone.device)
             shortlist = torch.arange(count, device=scores.device).expand(len(features), -1)
         else:
-            scores = self._likelihood(features)
+            scores = self._likelihood(features) if scores is None else scores
             shortlist = scores.topk(count, dim=1).indices
         shifts = min(self.config.shifts or 5, count)
         total = scores.new_zeros(shortlist.shape)
@@ -243,6 +270,7 @@ class MllmZeroShot(AskingMethod):
         answers = self.mllm.generate(self.asked_freely(features), self.config.max_tokens)
         for row, ids in enumerate(answers):
             text = self.mllm.prompter.text(ids)
+            self._said += [text] * (len(self._said) < _KEPT)
             index, step = (found := matcher.match(text)).index, found.step
             if index is None and text and self.config.unmatched == "nearest":
                 index, step = self._nearest(text), "embedding"
@@ -256,10 +284,36 @@ class MllmZeroShot(AskingMethod):
     def _nearest(self, text: str) -> int:
         """The class whose name's text feature is nearest to the answer's."""
         features = F.normalize(self.backbone.text_features(self.shown_names), dim=-1)
-        own = F.normalize(self.backbone.text_features([text]), dim=-1)
+        own = F.normalize(self.backbone.text_features([self._without_control(text)]), dim=-1)
         return int((features @ own[0]).argmax())
 
     # --- the record ---------------------------------------------------------------------------------------------------
+
+    def judged_facts(self, labels: Sequence[int]) -> dict[str, Any]:
+        """What free answers are worth beside right or wrong: inclusion of the name, similarity, credit by taxonomy."""
+        if len(self._said) != len(labels) or not self._said:
+            return {}  # answered by another route
+        pairs = [(text, int(label)) for text, label in zip(self._said, labels, strict=True)]
+        plain = [self._without_control(answer_of(text)) for text, _ in pairs]
+        texts = list(dict.fromkeys(plain))
+        said, right = (F.normalize(self.backbone.text_features(some), dim=-1) for some in (texts, self.shown_names))
+        places = {text: place for place, text in enumerate(texts)}
+        similar = said[[places[text] for text in plain]] * right[[label for _, label in pairs]]
+        names = self.shown_names
+        facts = {
+            "text_inclusion": sum(includes(text, names[label]) for text, label in pairs) / len(pairs),
+            "embedding_similarity": float(similar.sum(dim=1).mean()),
+        }
+        if self.config.taxonomy:
+            credit = Credit(self.class_names, self.config.taxonomy, self.config.aliases)
+            facts["hierarchical_credit"] = sum(credit.of(text, label) for text, label in pairs) / len(pairs)
+        return facts
+
+    def _without_control(self, text: str) -> str:
+        """An answer as a text that can be read again."""
+        for token in self.mllm.prompter.control_tokens:
+            text = text.replace(token, " ")
+        return text.strip() or "nothing"
 
     def answer_facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
@@ -269,5 +323,5 @@ class MllmZeroShot(AskingMethod):
         total = sum(self._steps.values())
         if total:
             facts |= {f"share_{step}": self._steps[step] / total for step in STEPS}
-        self._letters, self._steps = LetterTally(), Counter()
+        self._letters, self._steps, self._said = LetterTally(), Counter(), []
         return {key: value for key, value in facts.items() if not (isinstance(value, float) and math.isnan(value))}

@@ -6,12 +6,14 @@ together. Low-rank updates of the language model learn yes or no; a query is the
 Source: TWIN arXiv 2512.23592; mllm sheets `twin.md` and `few-shot-classifier.md`, route 6.
 Differs from the paper: pairs of one class stand for those of one object; LoRA of the language model in place of all
 weights; images as the backbone reads them (whole, as one square); the default is a loss on the margin between yes and
-no. Training on written explanations isn't offered: shots have none.
+no, and after GRPO it is read right behind the first tag, without an explanation. Training on written explanations
+isn't offered: shots have none.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,30 +26,45 @@ from torch import Tensor
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError, DataError, UnknownNameError
+from adaptkit.errors import DataError, UnknownNameError
 from adaptkit.methods import methods
 from adaptkit.methods.base import progress_of
 from adaptkit.methods.lora._towers import targeted, write_peft
+from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question, refuse
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._matching import OPENING_TAG, tagged_answer
 from adaptkit.methods.mllm._pairs import Pairs, Sources, balanced, make_pairs, pair_facts, split_images
 from adaptkit.methods.mllm._pairwise import PairwiseConfig, PairwiseMethod
-from adaptkit.methods.mllm._tuning import NumberedInputs, TwinMethod, answers_loss, summed
+from adaptkit.methods.mllm._tuning import NumberedInputs, answers_loss, summed
 from adaptkit.types import FitTask, Inputs, NovelClasses, TrainingLoop, TrainingSettings
 
 MEASURED = 64
 """Most same-class pairs (and as many others) that are asked before and after training."""
 
+EXPLAIN = "First explain what you compare, then give yes or no inside <answer> </answer> tags."
+
 _ANSWERS = ("no", "yes")
 
 
 @dataclass(frozen=True)
-class TwinConfig(PairwiseConfig):
+class TwinConfig(GrpoConfig, PairwiseConfig):
     """Settings of TWIN."""
 
-    mode: Literal["logit", "sft"] = field(
+    mode: Literal["logit", "sft", "grpo"] = field(
         default="logit",
-        metadata={"help": "What is trained: logit (the margin between yes and no) or sft (yes or no as the answer)."},
+        metadata={
+            "help": "What is trained: logit (the margin between yes and no), sft (yes or no as the answer) or grpo"
+            " (answers are drawn, and rewarded where they are right)."
+        },
+    )
+    explain: bool = field(
+        default=True,
+        metadata={"help": "grpo: ask for an explanation and the answer in tags, as the paper does; off: for the word."},
+    )
+    rollouts: int = field(default=5, metadata={"help": "grpo: answers drawn per pair; they are compared."})
+    beta: float = field(
+        default=0.01, metadata={"help": "grpo: weight of staying near the untrained model (KL); 0 spares its pass."}
     )
     pairs: int = field(default=0, metadata={"help": "Same-class pairs; 0 takes two per shot."})
     ratio: float = field(default=1.0, metadata={"help": "Pairs of different classes per same-class pair."})
@@ -69,36 +86,38 @@ class TwinConfig(PairwiseConfig):
     )
     r: int = field(default=16, metadata={"help": "Rank of the updates."})
     alpha: float = field(default=32, metadata={"help": "Scale of the updates: alpha / r."})
-    dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the updates."})
-    micro_batch: int = field(
-        default=0, metadata={"help": "Pairs that go through the model together; gradients add up. 0: a whole batch."}
-    )
-    clip: float = field(default=1.0, metadata={"help": "Largest norm of all gradients together; 0 doesn't clip."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the updates; 0 with grpo."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        PairwiseConfig.__post_init__(self)
+        GrpoConfig.__post_init__(self)
         shares = {name: getattr(self, name) for name in ("near", "confused", "related")}
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("pairs", "at least 0", self.pairs >= 0),
-                ("ratio", "above 0", 0 < self.ratio < math.inf),
-                *((name, "from 0 to 1", 0 <= share <= 1) for name, share in shares.items()),
-                ("held_out", "at least 0 and at most 0.5", 0 <= self.held_out <= 0.5),
-                ("r", "at least 1", self.r >= 1),
-                ("alpha", "above 0", self.alpha > 0),
-                ("dropout", "at least 0 and below 1", 0 <= self.dropout < 1),
-                ("micro_batch", "at least 0", self.micro_batch >= 0),
-                ("clip", "at least 0", self.clip >= 0),
-            )
-            if not ok
-        ]
-        if sum(shares.values()) > 1 + 1e-9:
-            problems.append(f"near, confused and related add up to {sum(shares.values()):g}, but must stay within 1")
-        if self.related and not self.taxonomy:
-            problems.append("related needs a taxonomy, the parent of each class")
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        total = sum(shares.values())
+        refuse(
+            self,
+            ("pairs", "at least 0", self.pairs >= 0),
+            ("ratio", "above 0", 0 < self.ratio < math.inf),
+            *((name, "from 0 to 1", 0 <= share <= 1) for name, share in shares.items()),
+            ("near", f"smaller: near, confused and related add up to {total:g}", total < 1 + 1e-9),
+            ("taxonomy", "the parent of each class, since related is above 0", bool(self.taxonomy or not self.related)),
+            ("held_out", "at least 0 and at most 0.5", 0 <= self.held_out <= 0.5),
+            ("r", "at least 1", self.r >= 1),
+            ("alpha", "above 0", self.alpha > 0),
+            ("dropout", "at least 0 and below 1", 0 <= self.dropout < 1),
+            ("dropout", "0 with mode grpo, whose answers are drawn without", self.mode != "grpo" or not self.dropout),
+        )
+
+
+def reward(text: str, wanted: str, *, tagged: bool) -> float:
+    """1 for an answer whose word is the wanted one, else 0.
+
+    Args:
+        text: The answer.
+        wanted: "yes" or "no".
+        tagged: Whether the word must stand in tags, of which the last count; else the whole answer must be the word.
+    """
+    word = tagged_answer(text) if tagged else text
+    return float(word is not None and re.sub(r"[^\w\s]", "", word.lower()).strip() == wanted)
 
 
 class PairInputs:
@@ -141,7 +160,7 @@ class _Measured:
 
 
 @methods.register("twin")
-class Twin(TwinMethod, PairwiseMethod):
+class Twin(GrpoMethod, PairwiseMethod):
     """Yes or no to pairs of images, learned; classes by their shots."""
 
     name = "twin"
@@ -170,6 +189,8 @@ class Twin(TwinMethod, PairwiseMethod):
         self._pairs = Pairs(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0), ())
         self._measured: _Measured | None = None
         super().build()
+        if self.tagged:
+            self.pair_question = f"{self.pair_question} {EXPLAIN}"
 
     def _parent(self, name: str) -> str:
         if name not in self.config.taxonomy:
@@ -177,12 +198,17 @@ class Twin(TwinMethod, PairwiseMethod):
             raise UnknownNameError.for_name("class in taxonomy", name, known, "related needs every class's parent.")
         return self.config.taxonomy[name]
 
+    @property
+    def tagged(self) -> bool:
+        """Whether answers explain, and have their word in tags."""
+        return self.config.mode == "grpo" and self.config.explain
+
     def shown(self, pixels: Tensor) -> ImageFeatures:
         return self.features(pixels)
 
     def classes_changed(self) -> None:
         super().classes_changed()
-        self.check_pair_length()
+        self.check_pair_length(self.config.max_tokens if self.config.mode == "grpo" else 0)
 
     # --- pairs --------------------------------------------------------------------------------------------------------
 
@@ -210,8 +236,8 @@ class Twin(TwinMethod, PairwiseMethod):
         self._pairs = make_pairs(labels, kept, positives, self.config.ratio, numbers, sources, alone=True)
         if not 0 < int(self._pairs.same.sum()) < len(self._pairs):
             raise DataError(
-                f"{self.name} needs pairs of one class and of two, and {len(kept)} images give none of one sort at ratio"
-                f" {self.config.ratio:g}: choose a ratio nearer to 1, or give more shots."
+                f"{self.name} needs pairs of one class and of two, and {len(kept)} images give none of one sort at"
+                f" ratio {self.config.ratio:g}: choose a ratio nearer to 1, or give more shots."
             )
         self._measured = self._choose_measured(self._numbered, held, numbers)
         self._before = self._measure(self._measured, "before", loop)
@@ -265,6 +291,7 @@ class Twin(TwinMethod, PairwiseMethod):
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         facts: dict[str, Any] = {
+            **super().finish(task),
             "mode": self.config.mode,
             "prompt": self.pair_question,
             "tokens_per_image": self.placeholders,
@@ -287,25 +314,26 @@ class Twin(TwinMethod, PairwiseMethod):
         """
         pairs = inputs[:, :-1].flatten().cpu()
         views = inputs[:, -1:].expand(-1, inputs.shape[1] - 1).flatten().cpu()
-        loss = {"logit": self._logit_loss, "sft": self._answer_loss}[self.config.mode]
-        size = self.config.micro_batch or len(pairs)
-        chunks = torch.arange(len(pairs), device=inputs.device).split(size)
+        if self.config.mode == "grpo":
+            return super().losses(self._image_numbers(pairs, views).to(inputs.device), self._pairs.same[pairs])
+        loss = self._logit_loss if self.config.mode == "logit" else self._answer_loss
+        chunks = torch.arange(len(pairs)).split(self.config.micro_batch or len(pairs))
 
         def part(rows: Tensor) -> Tensor:
-            some = rows.cpu()
-            return loss(self._pair_features(pairs[some], views[some]), self._pairs.same[pairs[some]]) / len(pairs)
+            features = self.training_features(self._image_numbers(pairs[rows], views[rows]))
+            return loss(features, self._pairs.same[pairs[rows]]) / len(pairs)
 
         return {self.config.mode: summed(part, chunks, self.trainables())}
 
-    def _pair_features(self, pairs: Tensor, views: Tensor) -> ImageFeatures:
-        """Both images of each pair, in reading order.
+    def _image_numbers(self, pairs: Tensor, views: Tensor) -> Tensor:
+        """Numbers of both images of each pair (see `NumberedInputs`), in reading order, int64 [2 · pairs].
 
         An image beside itself is shown in a drawn view and in the plain one.
         """
         places = self._pairs.places[pairs]
         shown = views[:, None].expand(-1, 2).clone()
         shown[places[:, 0] == places[:, 1], 1] = 0
-        return self.training_features((places + shown * len(self.targets)).flatten())
+        return (places + shown * len(self.targets)).flatten()
 
     def _logit_loss(self, features: ImageFeatures, same: Tensor) -> Tensor:
         """Binary cross-entropy of the margins, summed."""
@@ -319,6 +347,13 @@ class Twin(TwinMethod, PairwiseMethod):
         answers = [words[int(one)] for one in same.tolist()]
         return answers_loss(self, [[turn]] * len(answers), answers, features)
 
+    def questions(self, inputs: Tensor, labels: Tensor) -> list[Question]:
+        turns = (Turn(self.pair_question, 2),)
+        return [Question(turns, (2 * i, 2 * i + 1), _ANSWERS[int(same)]) for i, same in enumerate(labels.tolist())]
+
+    def rewards(self, text: str, question: Question) -> dict[str, float]:
+        return {"accuracy": reward(text, question.truth, tagged=self.tagged)}
+
     def training_texts(self) -> list[str]:
         return [self.pair_question]
 
@@ -329,6 +364,14 @@ class Twin(TwinMethod, PairwiseMethod):
             if self.uses_fallback:
                 return self.zero_shot_answer(inputs)
             return torch.cat([self.pair_logits(group) for group in self.in_groups(inputs)])
+
+    def pair_rows(self, features: ImageFeatures) -> list[list[int]]:
+        """The question about each pair; where words stand in tags, with the first tag behind it."""
+        rows = super().pair_rows(features)
+        if not self.tagged:
+            return rows
+        tag: list[int] = self.mllm.prompter.tokenizer(OPENING_TAG, add_special_tokens=False).input_ids
+        return [row + tag for row in rows]
 
     def for_classes(self, names: Sequence[str], pixels: Tensor, labels: Tensor) -> Twin:
         """A method that answers among other classes by shots of theirs, with what was learned; nothing is trained.
