@@ -140,8 +140,12 @@ class PrefixedMllm(TunedMllm):
         """What the language model reads of what `shown` gave."""
         return shown if self.prefix_map is None else as_image(self.mllm, self.prefix_map(torch.stack(shown.tokens)))
 
+    def training_states(self, inputs: Tensor) -> ImageFeatures:
+        """What `shown` gives of training images (see `losses` for `inputs`)."""
+        return super().training_features(inputs)
+
     def training_features(self, inputs: Tensor) -> ImageFeatures:
-        return self.bridged(super().training_features(inputs))
+        return self.bridged(self.training_states(inputs))
 
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:
         own = tuple(vision_parameters(self, self.mllm))
