@@ -275,6 +275,8 @@ class _Run:
         try:
             for epoch in range(self.settings.epochs):
                 self._epoch(epoch)
+                if self.method.enough:
+                    break
         finally:
             hook.remove()
 

@@ -403,8 +403,21 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             answers.append(letters[order.index(0)])
         return texts, answers
 
-    def answer_loss(self, texts: Sequence[str], answers: Sequence[list[int]], features: ImageFeatures) -> Tensor:
-        """Minus the log-probability of all answers' tokens behind their questions, summed."""
+    def answer_loss(
+        self,
+        texts: Sequence[str],
+        answers: Sequence[list[int]],
+        features: ImageFeatures,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Minus the log-probability of all answers' tokens behind their questions, summed.
+
+        Args:
+            texts: A question for each image.
+            answers: Token ids of each answer.
+            features: The images.
+            weights: Of all answers' tokens, one answer after the other, [tokens]; None for 1.
+        """
         prompts = self.prompt_rows(features, [[Turn(text)] for text in texts])
         rows, lengths = [p + a for p, a in zip(prompts, answers, strict=True)], [len(answer) for answer in answers]
         for row in rows:
@@ -414,7 +427,9 @@ class TunedMllm(TwinMethod, MllmZeroShot):
         following = answer_labels(batch.ids, lengths)[:, 1:]
         supervised = following != IGNORED
         logits = self.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
-        return F.cross_entropy(logits, following[supervised], reduction="sum")
+        if weights is None:
+            return F.cross_entropy(logits, following[supervised], reduction="sum")
+        return F.cross_entropy(logits, following[supervised], reduction="none") @ weights.to(logits)
 
     def _softmax_loss(self, inputs: Tensor, labels: Tensor, batch: int) -> Tensor:
         """Cross-entropy of the names' likelihoods over the classes, summed and divided by the whole batch's size."""
