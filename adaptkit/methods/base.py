@@ -595,10 +595,12 @@ class GradientMethod(Method):
     Attributes:
         wants_frozen: Whether `losses` compares with the frozen backbone's features of the same images; they come from
             the feature store where their views are stored there.
+        enough: Set in `after_epoch` where training is to end with that epoch.
     """
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
     wants_frozen: bool = False
+    enough: bool = False
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""

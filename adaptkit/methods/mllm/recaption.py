@@ -25,7 +25,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.mllm._captions import CaptionConfig, CaptionMethod, captions_of
 from adaptkit.methods.mllm._probe import ProbeQuestion, make_probe, probe_metrics
 from adaptkit.methods.mllm._rewrites import Gated, VariantSampler, gate
-from adaptkit.types import FitTask, TrainingLoop, TrainingSettings
+from adaptkit.types import FitTask, Inputs, TrainingLoop, TrainingSettings
 
 _QUESTION = "Does the image show this {attribute}: {value}? Answer yes or no."
 
@@ -77,6 +77,7 @@ class Recaption(CaptionMethod):
         self._probe: list[tuple[ProbeQuestion, ImageFeatures | Tensor]] = []
         self._epochs: list[dict[str, float]] = []
         self._best: dict[str, Tensor] | None = None
+        self.enough = False
 
     # --- captions -----------------------------------------------------------------------------------------------------
 
@@ -100,25 +101,22 @@ class Recaption(CaptionMethod):
         self._forget()
         self._sampler = VariantSampler()
         if self.config.stop and task.val is not None and len(task.val.labels) and len(self.fitted_names) > 1:
-            self._ask_about(task)
+            self._ask_about(task.val, task.seed)
         report = super().fit(task, loop)
         self._probe = []
         return report
 
     @torch.no_grad()
-    def _ask_about(self, task: FitTask) -> None:
+    def _ask_about(self, images: Inputs, seed: int) -> None:
         """A question about each of some validation images, half of them with another class's name."""
-        assert_val = task.val
-        if assert_val is None:
-            return
-        labels = assert_val.labels.cpu()
+        labels = images.labels.cpu()
         count = min(len(labels), self.config.probe_images)
         places = torch.linspace(0, len(labels) - 1, count).round().long()
         names = [name.replace("_", " ") for name in self.fitted_names]
         table = {str(place): {self.noun: names[int(labels[place])]} for place in places.tolist()}
-        questions = make_probe(table, task.seed, question=_QUESTION)
+        questions = make_probe(table, seed, question=_QUESTION)
         for group in torch.arange(count).split(self.at_once()):
-            pixels = assert_val.select(places[group])
+            pixels = images.select(places[group])
             shown = self.features(pixels) if self.vision_frozen else None
             for row, place in enumerate(group.tolist()):
                 image: ImageFeatures | Tensor = pixels[row : row + 1] if shown is None else shown.select([row])
@@ -142,17 +140,15 @@ class Recaption(CaptionMethod):
         self.eval()
         self._epochs.append(self._probed())
         self.train()
-        if self._best_epoch() == epoch:
+        best = self._best_epoch()
+        if best == epoch:
             self._best = {key: value.clone() for key, value in self.adapter_state().items()}
+        self.enough = epoch - best >= self.config.patience
 
     def _best_epoch(self) -> int:
         """The epoch that tells true from false best, of equal ones the one that says yes as often as no; the first."""
         ranks = [(one["balanced_accuracy"], -abs(one["yes_rate"] - 0.5)) for one in self._epochs]
         return ranks.index(max(ranks))
-
-    @property
-    def enough(self) -> bool:
-        return bool(self._epochs) and len(self._epochs) - 1 - self._best_epoch() >= self.config.patience
 
     def finish(self, task: Any) -> dict[str, Any]:
         facts: dict[str, Any] = {}
