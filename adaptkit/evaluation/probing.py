@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.data.images import load_rgb
 from adaptkit.data.transforms import to_pixels
-from adaptkit.errors import DataError, MissingPathError, UnsupportedError
+from adaptkit.errors import DataError, MissingPathError
 from adaptkit.methods.base import Method
-from adaptkit.methods.mllm._asking import AskingMethod
-from adaptkit.methods.mllm._probe import ProbeQuestion, parsed, probe_results
+from adaptkit.methods.probe import ProbeQuestion, parsed, probe_results
 from adaptkit.storage import atomic_path, safe_join
 from adaptkit.types import ProgressCallback
 
 MAX_BYTES = 64 * 2**20
 MAX_QUESTIONS = 100_000
+
+_AT_ONCE = 8
 
 _KEYS = ("image", "question", "answer", "type")
 
@@ -61,13 +61,14 @@ def _question(line: str, where: str) -> ProbeQuestion:
         raise DataError(f"{where} isn't JSON: write one object on each line.") from error
     if not isinstance(given, dict):
         raise DataError(f"{where} isn't an object with {', '.join(_KEYS)}.")
-    image, question, answer, kind = (given.get(key, "all" if key == "type" else None) for key in _KEYS)
-    for key, value in zip(_KEYS, (image, question, answer, kind), strict=True):
+    values: dict[str, Any] = {key: given.get(key, "all" if key == "type" else None) for key in _KEYS}
+    for key, value in values.items():
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where} has no text for {key!r}: {', '.join(_KEYS)} are read.")
-    if answer.strip().casefold() not in ("yes", "no"):
-        raise DataError(f"{where} has the answer {answer!r}; yes or no is accepted.")
-    return ProbeQuestion(image, question, answer.strip().casefold() == "yes", kind)
+    answer = values["answer"].strip().casefold()
+    if answer not in ("yes", "no"):
+        raise DataError(f"{where} has the answer {values['answer']!r}; yes or no is accepted.")
+    return ProbeQuestion(values["image"], values["question"], answer == "yes", values["type"])
 
 
 def write_probe(path: str | Path, questions: Sequence[ProbeQuestion]) -> None:
@@ -102,22 +103,15 @@ def run_probe(
         UnsupportedError: The method asks no such model.
         MissingPathError: An image isn't there.
     """
-    if not isinstance(method, AskingMethod):
-        raise UnsupportedError(
-            f"{method.name} asks no multimodal language model: choose mllm-zero-shot, or a tuned one."
-        )
     paths = {one.image: safe_join(folder, one.image) for one in questions}
     lost = next((name for name, path in paths.items() if not path.is_file()), None)
     if lost is not None:
         raise MissingPathError(f"The probe's image {lost!r} isn't in {folder}.")
-    for one in questions:
-        method.mllm.prompter.check_text(one.question, "question")
     preprocessing, texts = method.backbone.spec.preprocessing, list[str]()
-    for start in range(0, len(questions), step := method.at_once()):
-        group = questions[start : start + step]
+    for start in range(0, len(questions), _AT_ONCE):
+        group = questions[start : start + _AT_ONCE]
         pixels = torch.stack([to_pixels(load_rgb(paths[one.image]), preprocessing) for one in group])
-        prefix = method.prefix(method.features(pixels), [[Turn(one.question)] for one in group])
-        texts += [method.mllm.prompter.text(ids) for ids in method.mllm.generate(prefix, max_tokens)]
+        texts += method.ask(pixels, [one.question for one in group], max_tokens)
         if progress is not None:
             progress("probe", len(texts), len(questions))
     return {**probe_results(questions, [parsed(text) for text in texts]), "first_answers": texts[:5]}

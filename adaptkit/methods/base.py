@@ -178,6 +178,21 @@ class Method(nn.Module):
         """Facts about the answers given since this was last asked, as plain values, for the result; then forgotten."""
         return {}
 
+    def ask(self, pixels: Tensor, questions: Sequence[str], max_tokens: int = 32) -> list[str]:
+        """Free answers to a question about each image; call it without gradients.
+
+        Args:
+            pixels: [images, 3, size, size].
+            questions: One for each image.
+            max_tokens: Most tokens of an answer.
+
+        Raises:
+            UnsupportedError: It asks no multimodal language model.
+        """
+        raise UnsupportedError(
+            f"{self.name} asks no multimodal language model: choose mllm-zero-shot or a tuned one (mllm-lora)."
+        )
+
     def fold(self) -> Fold:
         """What answering needs for the current classes, and no more; call it without gradients.
 

@@ -10,8 +10,8 @@ from PIL import Image
 from adaptkit.errors import DataError, MissingPathError, StorageError, UnsupportedError
 from adaptkit.evaluation.probing import read_probe, run_probe, write_probe
 from adaptkit.methods import methods
-from adaptkit.methods.mllm._probe import ProbeQuestion, make_probe
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot
+from adaptkit.methods.probe import ProbeQuestion, make_probe
 from tests.backbones import tiny_mllm as tiny
 from tests.methods.tiny import NAMES, tiny_clip
 

@@ -11,9 +11,9 @@ import torch
 
 from adaptkit.data.descriptions import read_descriptions
 from adaptkit.errors import ConfigError, DataError
-from adaptkit.methods.mllm._probe import SEVERAL, ProbeQuestion, make_probe, parsed, probe_metrics, probe_results
 from adaptkit.methods.mllm._rewrites import VariantSampler, gate, lemma
 from adaptkit.methods.mllm.recaption import Recaption, RecaptionConfig
+from adaptkit.methods.probe import SEVERAL, ProbeQuestion, make_probe, parsed, probe_metrics, probe_results
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm as tiny
 from tests.methods.tiny import NAMES, make_task, query

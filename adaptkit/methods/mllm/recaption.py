@@ -23,8 +23,8 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
 from adaptkit.methods.mllm._captions import CaptionConfig, CaptionMethod, captions_of
-from adaptkit.methods.mllm._probe import ProbeQuestion, make_probe, probe_metrics
 from adaptkit.methods.mllm._rewrites import Gated, VariantSampler, gate
+from adaptkit.methods.probe import ProbeQuestion, make_probe, probe_metrics
 from adaptkit.types import FitTask, Inputs, TrainingLoop, TrainingSettings
 
 _QUESTION = "Does the image show this {attribute}: {value}? Answer yes or no."
