@@ -1,7 +1,7 @@
 """Descriptions of classes from files: read in the shapes that public sets come in, matched to classes by name, written.
 
     file.json        {class: [sentences]}, {class: {question: [sentences]}}, {class: [{"prompt": …, "answer": …}]},
-                     or a list of {"class": …, "text": …}
+                     {class: {"caption": …, "rewrites": […]}}, or a list of {"class": …, "text": …}
     file.csv, .tsv   columns class and text
     file.txt         a line "class: sentence" for each sentence
     folder           one text file per class, called like the class, a sentence per line
@@ -129,7 +129,12 @@ def _sentences(given: Any, where: str, depth: int = 0) -> Iterable[str]:
         return [given.strip()] if given.strip() else []
     if isinstance(given, Mapping):
         record = _first(given, TEXT_KEYS) if set(given) & {"class", "class_name", "prompt", "answer", "text"} else None
-        parts: Iterable[Any] = [record] if record is not None else given.values()
+        if "rewrites" in given:  # what the rewrites were made from (keywords) is no sentence
+            if not isinstance(given.get("caption"), str) or not given["caption"].strip():
+                raise DataError(f"{where}, has rewrites of no caption: write the text under 'caption'.")
+            parts: Iterable[Any] = [given["caption"], given["rewrites"]]
+        else:
+            parts = [record] if record is not None else given.values()
     elif isinstance(given, list):
         parts = given
     else:

@@ -186,6 +186,21 @@ class Method(nn.Module):
         """
         return {}
 
+    def ask(self, pixels: Tensor, questions: Sequence[str], max_tokens: int = 32) -> list[str]:
+        """Free answers to a question about each image; call it without gradients.
+
+        Args:
+            pixels: [images, 3, size, size].
+            questions: One for each image.
+            max_tokens: Most tokens of an answer.
+
+        Raises:
+            UnsupportedError: It asks no multimodal language model.
+        """
+        raise UnsupportedError(
+            f"{self.name} asks no multimodal language model: choose mllm-zero-shot or a tuned one (mllm-lora)."
+        )
+
     def fold(self) -> Fold:
         """What answering needs for the current classes, and no more; call it without gradients.
 
@@ -619,11 +634,13 @@ class GradientMethod(Method):
     Attributes:
         wants_frozen: Whether `losses` compares with the frozen backbone's features of the same images; they come from
             the feature store where their views are stored there.
+        enough: Set in `after_epoch` where training is to end with that epoch.
     """
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
     wants_frozen: bool = False
     shares_batches: ClassVar[bool] = False
+    enough: bool = False
 
     def prepare(self, task: FitTask) -> None:
         """Build what depends on the training data, before the first step."""

@@ -314,6 +314,8 @@ class _Run:
             while epoch < self.settings.epochs:
                 self._epoch(epoch, done, tally)
                 epoch, done, tally = epoch + 1, 0, _Tally()
+                if self.method.enough:
+                    break
         finally:
             hook.remove()
 

@@ -49,6 +49,8 @@ WHY_NOT = {
     "unem": "depends on the images it is asked about with it",
     "virft": "the language model reads every image",
     "vladva": "the language model reads every image",
+    "prior": "the language model reads every image",
+    "recaption": "the language model reads every image",
 }
 
 
@@ -79,7 +81,7 @@ def test_every_method_is_one_of_the_kinds_or_says_why_not():
     named = set.union(*KINDS.values(), set(WHY_NOT))
     assert named == set(methods)
     assert [len(names) for names in KINDS.values()] == [17, 5, 11]
-    assert len(WHY_NOT) == 15
+    assert len(WHY_NOT) == 17
 
 
 @pytest.mark.parametrize("name", sorted(set.union(*KINDS.values())))

@@ -148,6 +148,12 @@ class AskingMethod(Method):
         """The plain question about each image."""
         return self.prefix(features, [[Turn(self.question)]] * len(features))
 
+    def ask(self, pixels: Tensor, questions: Sequence[str], max_tokens: int = 32) -> list[str]:
+        for question in questions:
+            self.mllm.prompter.check_text(question, "question")
+        prefix = self.prefix(self.features(pixels), [[Turn(question)] for question in questions])
+        return [self.mllm.prompter.text(ids) for ids in self.mllm.generate(prefix, max_tokens)]
+
     def word_scores(self, prefix: Prefix, words: Sequence[str]) -> Tensor:
         """log p that the answer begins with each of some words ("A", "yes"), fp32 [rows, words].
 

@@ -146,7 +146,11 @@ def answer_labels(ids: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def answers_loss(
-    method: AskingMethod, turns: Sequence[Sequence[Turn]], answers: Sequence[list[int]], features: ImageFeatures
+    method: AskingMethod,
+    turns: Sequence[Sequence[Turn]],
+    answers: Sequence[list[int]],
+    features: ImageFeatures,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Minus the log-probability of all answers' tokens behind their conversations, summed.
 
@@ -155,6 +159,7 @@ def answers_loss(
         turns: One conversation per answer.
         answers: Tokens of each answer.
         features: The images of all conversations in reading order.
+        weights: Of all answers' tokens, one answer after the other, [tokens]; None for 1.
     """
     rows = [p + a for p, a in zip(method.prompt_rows(features, turns), answers, strict=True)]
     lengths = [len(answer) for answer in answers]
@@ -165,7 +170,9 @@ def answers_loss(
     following = answer_labels(batch.ids, lengths)[:, 1:]
     supervised = following != IGNORED
     logits = method.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
-    return F.cross_entropy(logits, following[supervised], reduction="sum")
+    if weights is None:
+        return F.cross_entropy(logits, following[supervised], reduction="sum")
+    return F.cross_entropy(logits, following[supervised], reduction="none") @ weights.to(logits)
 
 
 def summed(part: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -467,9 +474,15 @@ class TunedMllm(TwinMethod, MllmZeroShot):
             answers.append(letters[order.index(0)])
         return texts, answers
 
-    def answer_loss(self, texts: Sequence[str], answers: Sequence[list[int]], features: ImageFeatures) -> Tensor:
-        """Minus the log-probability of all answers' tokens behind their questions, summed."""
-        return answers_loss(self, [[Turn(text)] for text in texts], answers, features)
+    def answer_loss(
+        self,
+        texts: Sequence[str],
+        answers: Sequence[list[int]],
+        features: ImageFeatures,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Minus the log-probability of all answers' tokens behind their questions, summed; see `answers_loss`."""
+        return answers_loss(self, [[Turn(text)] for text in texts], answers, features, weights)
 
     def _softmax_loss(self, inputs: Tensor, labels: Tensor, batch: int) -> Tensor:
         """Cross-entropy of the names' likelihoods over the classes, summed and divided by the whole batch's size."""

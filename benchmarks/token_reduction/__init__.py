@@ -1,0 +1,1 @@
+"""What leaving out image tokens costs and saves."""
