@@ -232,5 +232,5 @@ def _own_name(folder: Path) -> str:
 
     if is_on_hub(folder):
         return folder.name.partition("@")[0]
-    whole = folder.resolve()
+    whole = Path(os.path.abspath(folder))  # the best run of a comparison is a link with a name of its own
     return whole.parent.name if whole.name == "adapter" else whole.name

@@ -134,7 +134,9 @@ class Engine:
         there = []
         for key in keys:
             picture = state.images.get(key)
-            if picture is None or not (self.project.folder / "images" / picture.file).is_file():
+            if picture is None:  # taken out meanwhile; undo may bring it back
+                continue
+            if not (self.project.folder / "images" / picture.file).is_file():
                 self.failed[key] = "The file is gone from the project's folder images/."
             else:
                 there.append(key)

@@ -73,6 +73,9 @@ class Project:
         self.state, self._done, self._undone, self.version = State(settings=settings or Settings()), [], [], 0
         self._gone: set[str] = set()
         try:
+            for place in (self.folder, self.folder / "images", self.folder / "thumbnails"):
+                for left in filter(_unfinished, place.glob(".*")):
+                    left.unlink(missing_ok=True)
             if file.exists():
                 self.state, self._done, self._undone, self.version, self._gone = read_project(file)
             else:
@@ -339,10 +342,15 @@ def _list(names: Iterable[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{len(texts)} classes ({', '.join(texts[:3])}{', …' * (len(texts) > 3)})"
 
 
+def _unfinished(path: Path) -> bool:
+    """Whether a file was being written when a studio was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+
+
 def _check_folder(folder: Path, file: Path) -> None:
     if not folder.is_dir():
         raise StorageError(f"{folder} is a file, and a project is a folder: choose another name.")
-    if not file.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if not file.exists() and any(path.name != ".lock" and not _unfinished(path) for path in folder.iterdir()):
         raise StorageError(
             f"{folder} isn't empty and holds no studio project: name a new folder for the project, and give your images"
             " with --images or in the page."

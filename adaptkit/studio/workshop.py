@@ -165,6 +165,8 @@ class Workshop:
             except DataError as error:
                 refused.append({"name": name[:200], "why": str(error)})
         added = self.project.add_pictures(taken, group)
+        for key in taken:
+            self.engine.failed.pop(key, None)  # its file is there again
         self.engine.encode_soon()
         return added, refused
 

@@ -27,6 +27,10 @@ def test_what_is_found(runs, tmp_path):
     assert serve.find_adapters([str(runs)]) == both
     assert serve.find_adapters([str(runs / "zero-shot"), str(runs / "linear-probe/adapter")]) == both
     assert serve.find_adapters([f"birds={runs / 'zero-shot'}"]) == {"birds": runs / "zero-shot/adapter"}
+    (runs / "best").symlink_to("zero-shot")  # as `compare` leaves it
+    for best in ("best", "best/adapter"):
+        assert serve.find_adapters([str(runs / best)]) == {"best": runs / "best/adapter"}
+    assert list(serve.find_adapters([str(runs)])) == ["best", "linear-probe", "zero-shot"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as refused:
         serve.find_adapters([str(tmp_path / "empty"), str(runs / "nope"), f"two={runs}", str(runs), str(runs)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import threading
 import time
@@ -77,7 +78,7 @@ def opened(browser, studio) -> Iterator[Any]:
         context = browser.new_context(viewport=size, color_scheme=scheme, permissions=["clipboard-write"])
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: heard.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: heard.append(f"error: {error}"))
         page.on("request", lambda asked: asked.url.startswith((studio.base, "blob:")) or heard.append(asked.url))
@@ -90,7 +91,7 @@ def opened(browser, studio) -> Iterator[Any]:
     assert [text for text in heard if "responded with a status of 4" not in text] == []  # Chromium's own
 
 
-def until(condition, seconds: float = 15) -> None:
+def until(condition, seconds: float = 60) -> None:
     """Wait for something in Python; the page's own policy forbids waiting by JavaScript texts."""
     end = time.monotonic() + seconds
     while not condition():
@@ -135,6 +136,12 @@ def labels(studio: Served) -> dict[str, str | None]:
     }
 
 
+def listed(page: Any, **counts: int) -> None:
+    """Wait until the page knows so many images of a kind: what is on disk comes to it a moment later."""
+    for kind, count in counts.items():
+        page.locator("#tabs button", has_text=re.compile(f"^{kind} +{count}$", re.IGNORECASE)).wait_for()
+
+
 def guessed(page: Any, count: int) -> None:
     """Wait until so many images are shown with a guess."""
     until(lambda: page.locator("#grid .card .guess", has_text="%").count() == count)
@@ -168,6 +175,7 @@ def test_the_whole_way_by_keyboard_alone(opened, studio):
         name = page.evaluate("document.activeElement.getAttribute('aria-label')").split("-")[0]
         page.keyboard.press("1" if name == "red" else "2")
         until(lambda number=number: sum(label is not None for label in labels(studio).values()) == number + 1)
+        listed(page, labelled=number + 1)
     assert labels(studio) == {f"{c}-{n}.png": c for c in ("red", "green") for n in range(3)}
     page.locator("#accuracy", has_text="100\u00a0%").wait_for()
     page.locator("#save").focus()
@@ -186,10 +194,13 @@ def test_keys_correct_choose_undo_and_remove(opened, studio):
     assert page.locator('.card[aria-selected="true"]').count() == 6
     page.keyboard.press("3")
     until(lambda: set(labels(studio).values()) == {"blue"})
+    listed(page, labelled=6)
     page.keyboard.press("Control+z")
     until(lambda: set(labels(studio).values()) == {None})
+    listed(page, labelled=0)
     page.keyboard.press("Control+y")
     until(lambda: set(labels(studio).values()) == {"blue"})
+    listed(page, labelled=6)
     page.keyboard.press("l")
     until(lambda: page.locator("#grid .card").count() == 6)
     page.keyboard.press("Home")
@@ -201,11 +212,15 @@ def test_keys_correct_choose_undo_and_remove(opened, studio):
     page.keyboard.press("Shift+ArrowRight")
     page.keyboard.press("Backspace")
     until(lambda: list(labels(studio).values()).count(None) == 3)
+    listed(page, unlabelled=3)
     page.keyboard.press("u")
     until(lambda: page.locator("#grid .card").count() == 3)
     page.keyboard.press("Delete")
     until(lambda: len(labels(studio)) == 5)
+    listed(page, unlabelled=2)
     page.keyboard.press("Control+z")
+    until(lambda: len(labels(studio)) == 6)
+    listed(page, unlabelled=3)
     guessed(page, 3)
     page.keyboard.press("u")
     shown = page.evaluate("document.activeElement.getAttribute('aria-label')")
@@ -215,6 +230,32 @@ def test_keys_correct_choose_undo_and_remove(opened, studio):
     page.keyboard.press("?")
     assert page.get_by_role("dialog").get_by_text("the guess is right").is_visible()
     page.keyboard.press("Escape")
+
+
+def test_all_that_keys_do_can_be_tapped(opened, studio):
+    """On a phone: a guess accepted, a label taken away, an image removed and brought back."""
+    page = opened(_PHONE)
+    add_classes(page, "red, green")
+    page.locator("#files").set_input_files(pictures("red", count=2))
+    guessed(page, 2)
+    page.locator(".card").first.click()
+    guess = page.locator(".card .guess").first.inner_text().split("?")[0]
+    page.get_by_role("button", name="The guess is right").click()
+    until(lambda: list(labels(studio).values()).count(guess) == 1)
+    listed(page, labelled=1, unlabelled=1)
+    page.locator("#tabs button", has_text="Labelled").nth(1).click()
+    page.locator(".card").click()
+    page.get_by_role("button", name="Take the label away").click()
+    until(lambda: set(labels(studio).values()) == {None})
+    listed(page, unlabelled=2)
+    page.locator("#tabs button", has_text="Unlabelled").click()
+    page.locator(".card").first.click()
+    page.get_by_role("button", name="Remove the image").click()
+    until(lambda: len(labels(studio)) == 1)
+    listed(page, unlabelled=1)
+    page.get_by_role("button", name="Undo").click()
+    until(lambda: len(labels(studio)) == 2)
+    listed(page, unlabelled=2)
 
 
 def test_drops_on_the_page_and_on_a_class(opened, studio):
@@ -249,6 +290,7 @@ def test_a_folder_is_copied_in_and_judged(opened, studio, tmp_path):
     assert page.locator("#confused figcaption").first.inner_text().startswith("red taken for blue 1×")
     page.keyboard.press("u")
     page.locator("#confused .picture").click()
+    until(lambda: page.evaluate("document.activeElement.dataset.id") is not None)
     assert page.evaluate("document.activeElement.dataset.id") == first  # brought to where it can be corrected
     page.keyboard.press("w")
     until(lambda: page.locator("#grid .card").count() == 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from adaptkit.evaluation.statistics import wilson_interval
 from adaptkit.methods import methods
 from adaptkit.methods.base import zero_shot_weights
 from adaptkit.studio.engine import OFFERED, Engine, OvertakenError
+from adaptkit.studio.workshop import Workshop
 from adaptkit.types import DEFAULT_TEMPLATES
+from tests.studio.conftest import png
 
 
 @pytest.fixture
@@ -178,3 +182,30 @@ def test_every_method_offered_works_on_few_images(project, engine, three, method
     assert answers.by == method
     assert np.allclose(answers.odds.sum(axis=1), 1)
     assert engine.estimate(method).method == method
+
+
+def test_an_image_taken_out_while_it_waits_is_no_failure(project, engine, fill):
+    """Undo brings it back, and it is looked at then."""
+    first, second = fill("red", 2)
+    waiting = engine.missing()
+    project.remove_images([second])
+    engine._encode_part(waiting)
+    assert engine.failed == {}
+    assert engine.known([first, second]) == [first]
+    project.undo()
+    engine.encode()
+    assert engine.known([first, second]) == [first, second]
+
+
+def test_a_file_that_comes_back_is_looked_at_again(project, mini):
+    workshop = Workshop(project, mini)
+    ((image,), _) = workshop.take_in([("red.png", BytesIO(png("red", 0)).read)])
+    workshop.engine._thread.join()
+    workshop.engine._features.clear()
+    project.image_path(image).unlink()
+    workshop.engine.encode()
+    assert list(workshop.engine.failed) == [image]
+    assert workshop.take_in([("red.png", BytesIO(png("red", 0)).read)]) == ([], [])
+    workshop.engine.encode()
+    assert workshop.engine.failed == {}
+    assert workshop.engine.known([image]) == [image]

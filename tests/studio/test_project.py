@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from adaptkit.errors import ConfigError, StorageError, UnknownNameError
 from adaptkit.studio import project as project_module
-from adaptkit.studio.pictures import thumbnail_path
+from adaptkit.studio.pictures import take_in, thumbnail_path
 from adaptkit.studio.project import LONGEST_NAME, MOST_CHANGES, Project
 from adaptkit.studio.state import Picture, Settings
+from tests.studio.conftest import png
 
 
 def picture(number: int, label: str | None = None) -> tuple[str, Picture]:
@@ -346,3 +348,78 @@ def test_a_closed_project_takes_no_changes(project):
     with pytest.raises(StorageError, match="was closed"):
         project.add_class("beech")
     assert (project.folder / "project.json").read_bytes() == written
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def steps(project: Project):
+    """Some work; gives the state after each step."""
+    yield project.state
+    oak, beech = project.add_classes(["oak", "beech"])
+    yield project.state
+    taken = dict(take_in(project.folder, png(colour, 0), f"{colour}.png", oak) for colour in ("red", "blue"))
+    first, second = project.add_pictures(taken)
+    yield project.state
+    project.label([first], beech)
+    yield project.state
+    project.remove_images([second])
+    yield project.state
+    project.undo()
+    yield project.state
+    project.undo()
+    yield project.state
+    project.add_class("pine")  # nothing can be redone any more
+    yield project.state
+    project.undo()
+    project.undo()
+    yield project.state
+    project.set_method("gda")  # the images can't be had back
+    yield project.state
+    project.close()
+
+
+def killed_at(number: int, folder: Path) -> bool:
+    """Do the work in a process that dies before the given touch of the disk; False where it came to the end."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    touched = 0
+
+    def die(event: str, words: tuple) -> None:
+        nonlocal touched
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(folder) in str(words[0]):
+            touched += 1
+            if touched == number:
+                os._exit(9)
+
+    try:
+        sys.addaudithook(die)
+        for _ in steps(Project(folder)):
+            pass
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes can't be copied here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_between_any_two_writes_leaves_a_whole_project(tmp_path, stride):
+    """The state is one of those before and after a step, all its images are there, and undo works back to nothing."""
+    allowed, number, seen = list(steps(Project(tmp_path / "whole"))), 1, set()
+    while killed_at(number, tmp_path / str(number)):
+        if (tmp_path / str(number)).exists():
+            again = Project(tmp_path / str(number))
+            assert again.state in allowed, number
+            seen.add(allowed.index(again.state))
+            while again.undoable:
+                assert all(again.image_path(image).is_file() for image in again.state.images), number
+                again.undo()
+            again.close()
+            assert not list(again.folder.rglob(".*.tmp"))
+        number += stride
+    assert number > 70
+    assert len(seen) >= 3
+    assert stride > 1 or seen == {allowed.index(state) for state in allowed}
+    assert list((tmp_path / "whole" / "images").iterdir()) == []  # deleted when it was closed

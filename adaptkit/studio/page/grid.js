@@ -171,11 +171,20 @@ function drawPreview() {
   if (!image) return;
   if (box.dataset.id !== focused) {
     box.dataset.id = focused;
-    box.replaceChildren(largePicture(focused, image.name), h("p", { class: "name" }, image.name), h("ul"));
+    box.replaceChildren(largePicture(focused, image.name), h("p", { class: "name" }, image.name), h("ul"), doing());
   }
+  const [accept, free] = box.querySelectorAll(".row button");
+  accept.hidden = Boolean(image.label) || !guessOf(focused);
+  free.hidden = !image.label;
   const rows = (store.answers.images[focused] ?? []).map(([id, share]) => bar(className(id), share));
   const label = image.label ? [h("li", { class: "is" }, `labelled ${className(image.label)}`)] : [];
   box.querySelector("ul").replaceChildren(...label, ...rows);
+}
+
+/** What Enter, Backspace and Delete do, for hands without keys. */
+function doing() {
+  const button = (text, onclick) => h("button", { type: "button", onclick }, text);
+  return h("div", { class: "row" }, button("The guess is right", acceptGuesses), button("Take the label away", () => label(null)), button("Remove the image", remove));
 }
 
 /** The image itself, or its small picture where the browser can't show the file (TIFF). */
