@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "serving",
         "studio",
     },
+    "__main__": {"commands"},
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)
 HEAVY = (
