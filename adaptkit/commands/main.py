@@ -30,6 +30,7 @@ _VERBS = {
     "describe": "let a language model describe classes",
     "doctor": "versions, device, caches, data roots",
 }
+_ALONE = ("compare", "sweep")  # each of several processes would do all of it
 _MODULES = {"import": "import_"}  # Python keeps the word for itself
 
 
@@ -63,6 +64,10 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0], _VERBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(_VERBS)}."
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        if args and args[0] in _ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise click.UsageError(
+                f"Several processes can share a run, not {args[0]!r}: start it without torchrun.", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -126,7 +126,7 @@ def show(result: RunResult, target: Path, as_json: bool) -> None:
         f"{sum(result.seconds.values()):.1f}",
     ]
     title = _runs.settings_line(result)
-    if result.targets:  # many columns for one row: printed upright
+    if result.targets or result.among_all:  # many columns for one row: printed upright
         click.echo(title)  # on its own: the table is narrower
         console.print_table("", columns[:1] + row[:1], list(zip(columns[1:], row[1:], strict=True)), left=["method"])
     else:

@@ -249,6 +249,18 @@ def test_two_processes_run_as_one(variables, words, tmp_path):
         torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("verb", ["compare", "sweep"])
+def test_other_verbs_are_started_alone(verb, monkeypatch):
+    from click.testing import CliRunner
+
+    from adaptkit.commands.main import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = CliRunner().invoke(main, [verb, "shapes"])
+    assert outcome.exit_code == 2
+    assert f"Several processes can share a run, not '{verb}': start it without torchrun." in outcome.output
+
+
 @pytest.mark.slow
 def test_what_can_not_be_shared_is_said_once(tmp_path):
     outcome = adaptkit(tmp_path / "out", "--method", "vladva", processes=2)
