@@ -189,7 +189,7 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
             terms["retrieval"] = config.retrieval * self._language_loss(hidden, tails)
             texts, images = self.text_map(hidden[:, -1].float()), self.encode_states(states)
             terms["contrast"] = config.retrieval * contrast(self.scale, images, texts, labels) / 2
-        return terms
+        return terms | self.aligned(inputs, labels, terms)
 
     def captioning_loss(self, captions: Sequence[str], features: ImageFeatures, *, pairs: bool) -> Tensor:
         """Mean over the captions' tokens behind their images; [RET] and images aren't supervised.
