@@ -47,7 +47,11 @@ def short_answers(config: MethodConfig) -> MethodConfig:
 
 def backbone_words(name: str) -> list[str]:
     """Words of the command line that choose a backbone for a method that the default one isn't for."""
-    return ["--backbone", f"transformers:{tiny_mllm.save('llava')}"] if methods.get(name).needs_mllm else []
+    return (
+        ["--backbone", f"transformers:{tiny_mllm.save(tiny_mllm.kind_for(name))}"]
+        if methods.get(name).needs_mllm
+        else []
+    )
 
 
 def sentences(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

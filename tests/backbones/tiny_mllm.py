@@ -351,3 +351,8 @@ def load(kind: str = "llava") -> Any:
 def pixels(count: int = 2, side: int = SIDE, seed: int = 0) -> torch.Tensor:
     """Random images as a backbone's pixels, RGB in [0, 1]."""
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def kind_for(method: str) -> str:
+    """The family that tests of every method take for a method."""
+    return "blip2" if method == "qformer" else "llava"

@@ -59,13 +59,17 @@ def test_an_adapter_on_disk_predicts(call, photos, tmp_path, backbone):
     assert loaded.predict_proba([picture]).shape == (1, len(CLASSES))
 
 
-TUNED = ("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit", "prior", "recaption")
+TUNED = (
+    *("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit", "prior", "recaption"),
+    *("frozen", "magma", "fromage", "qformer"),
+)
 WITH_PEFT = ("mllm-lora", "mllm-qlora", "prior", "recaption")
 
 
 @pytest.mark.parametrize("method", TUNED)
-def test_tuned_models_on_disk(call, photos, tmp_path, backbone, method):
+def test_tuned_models_on_disk(call, photos, tmp_path, method):
     out, picture = tmp_path / "out", photos / "oak" / "0.png"
+    backbone = f"transformers:{tiny.save(tiny.kind_for(method))}"
     words = ["run", photos, "--method", method, "--backbone", backbone, "--shots", 2, "--protocol", "base-to-novel"]
     outcome = call(*words, "--set", "training.epochs=2", "--out", out)
     assert outcome.exit_code == 0, outcome.output
@@ -154,6 +158,7 @@ def test_bad_input(refused, photos, tmp_path, backbone):
     assert "did you mean 'letters'" in run("--backbone", backbone, "--set", "route=lettrs")
     assert "r is 0" in run("--backbone", backbone, "--set", "r=0", method="mllm-lora")
     assert "takes the place of" in run("--backbone", backbone, "--set", "variant=letters", method="mllm-soft-prompt")
+    assert "has none: choose a BLIP-2" in run("--backbone", backbone, method="qformer")
     assert "no biases" in run("--backbone", backbone, "--set", "what=biases", method="mllm-bitfit")
     assert "more than the 512" in run("--backbone", backbone, "--set", "tokens=600", method="mllm-soft-prompt")
     leak = ["--protocol", "base-to-novel", "--set", "prompt=Is it a YEW or what?"]

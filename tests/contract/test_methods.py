@@ -27,14 +27,14 @@ from tests.quick import short_answers
 ALL = tuple(methods)
 
 
-@lru_cache(maxsize=2)
-def backbone_for(mllm):
+@lru_cache(maxsize=3)
+def backbone_for(mllm, kind="llava"):
     """A multimodal language model, or a CLIP of twelve layers, so that every method's default depth fits."""
-    return tiny_mllm.load("llava") if mllm else tiny_clip(layers=12)
+    return tiny_mllm.load(kind) if mllm else tiny_clip(layers=12)
 
 
 def suitable(name):
-    return backbone_for(methods.get(name).needs_mllm)
+    return backbone_for(methods.get(name).needs_mllm, tiny_mllm.kind_for(name))
 
 
 @pytest.fixture

@@ -181,7 +181,9 @@ def test_classes_are_the_mean_of_their_templates(llava):
     with torch.no_grad():
         parts = [F.normalize(method.encode_captions([t.format(n.replace("_", " ")) for n in NAMES]), dim=1)
                  for t in ("a photo of {}", "{}!")]  # fmt: skip
-        wanted = method.scale * F.normalize(method.encode_image(pixels), dim=1) @ F.normalize(sum(parts), dim=1).T
+        wanted = (
+            method.similarity_scale * F.normalize(method.encode_image(pixels), dim=1) @ F.normalize(sum(parts), dim=1).T
+        )
     torch.testing.assert_close(ask(method, pixels), wanted, rtol=1e-4, atol=1e-4)
 
 

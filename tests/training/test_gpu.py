@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def fitted(name, device, **changes):
     kind = methods.get(name)
-    backbone = tiny_mllm.load.__wrapped__("llava") if kind.needs_mllm else tiny_clip(layers=12)
+    backbone = tiny_mllm.load.__wrapped__(tiny_mllm.kind_for(name)) if kind.needs_mllm else tiny_clip(layers=12)
     task = make_task(backbone, kind.reads, views=3)
     inputs = query(backbone, kind.reads)
     backbone.to(device)

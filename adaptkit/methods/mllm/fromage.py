@@ -115,12 +115,12 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
     # --- the two sides ------------------------------------------------------------------------------------------------
 
     @property
-    def scale(self) -> Tensor:
+    def similarity_scale(self) -> Tensor:
         """What cosines are multiplied with, fp32 []."""
         return self.log_scale.float().exp().clamp(max=MOST_SCALE)
 
     def scale_and_bias(self) -> tuple[float, float]:
-        return float(self.scale.detach()), 0.0
+        return float(self.similarity_scale.detach()), 0.0
 
     def encode_states(self, shown: ImageFeatures) -> Tensor:
         """Points [images, dim] of what `shown` gave."""
@@ -166,7 +166,7 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
             return super().forward(inputs)
         groups = inputs.split(self.at_once())
         points = F.normalize(torch.cat([self.encode_image(group) for group in groups]), dim=-1)
-        return self.scale * points @ self.folded_weights().T
+        return self.similarity_scale * points @ self.folded_weights().T
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
             hidden, tails = self._read(captions)
             terms["retrieval"] = config.retrieval * self._language_loss(hidden, tails)
             texts, images = self.text_map(hidden[:, -1].float()), self.encode_states(states)
-            terms["contrast"] = config.retrieval * contrast(self.scale, images, texts, labels) / 2
-        return terms
+            terms["contrast"] = config.retrieval * contrast(self.similarity_scale, images, texts, labels) / 2
+        return terms | self.aligned(inputs, labels, terms)
 
     def captioning_loss(self, captions: Sequence[str], features: ImageFeatures, *, pairs: bool) -> Tensor:
         """Mean over the captions' tokens behind their images; [RET] and images aren't supervised.
@@ -235,4 +235,4 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         self._rescale()
-        return {**super().finish(task), "scale": float(self.scale.detach()), "answer": self.config.answer}
+        return {**super().finish(task), "scale": float(self.similarity_scale.detach()), "answer": self.config.answer}

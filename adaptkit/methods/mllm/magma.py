@@ -58,6 +58,8 @@ class MagmaConfig(PrefixConfig):
         low = [f"{name} is {getattr(self, name)}" for name in ("mlp", "attention") if getattr(self, name) < 0]
         if low:
             raise ConfigError(f"These settings can't be used: {', '.join(low)}; at least 0 is needed.")
+        if self.align_to != "none" and self.prefix == "own":
+            raise ConfigError("With the model's own bridge there is no prefix to align: choose prefix=pooled or grid.")
         if not self.mlp and not self.attention:
             raise ConfigError(
                 "mlp and attention are both 0, so there are no adapters: give one of them, such as mlp=4."
