@@ -429,7 +429,8 @@ class TunedMllm(TwinMethod, MllmZeroShot):
         logits = self.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
         if weights is None:
             return F.cross_entropy(logits, following[supervised], reduction="sum")
-        return F.cross_entropy(logits, following[supervised], reduction="none") @ weights.to(logits)
+        losses = F.cross_entropy(logits, following[supervised], reduction="none")
+        return (losses * weights.to(losses)).sum()  # in autocast, a product of vectors would be in half precision
 
     def _softmax_loss(self, inputs: Tensor, labels: Tensor, batch: int) -> Tensor:
         """Cross-entropy of the names' likelihoods over the classes, summed and divided by the whole batch's size."""

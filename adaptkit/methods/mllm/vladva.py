@@ -303,7 +303,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
         supervised = following != IGNORED
         logits = self.mllm.logits(hidden[:, :-1][supervised])
         losses = F.cross_entropy(logits, following[supervised], reduction="none")
-        return images, losses @ self._weights_of(long)
+        return images, (losses * self._weights_of(long)).sum()
 
     def _weights_of(self, captions: Sequence[list[int]]) -> Tensor:
         """Weights of all tokens of long captions, fp32 [tokens]; those of each caption are computed once."""
