@@ -118,6 +118,33 @@ def test_the_next_token_loss_is_the_captions_likelihood(kind):
     torch.testing.assert_close(following, alone, rtol=1e-5, atol=1e-4)
 
 
+def test_long_captions_weighed_by_what_text_foretells():
+    """Each token's loss by prior's weights, divided by their sum; flat weights are none at all."""
+    from adaptkit.methods.mllm._weights import text_probabilities, token_weights
+
+    backbone, kinds = tiny.load("llava"), ("none", "linear", "focal")
+    pixels, labels, found = query(backbone, "images", 3), torch.tensor([0, 1, 2]), {}
+    for kind in kinds:
+        method = make(backbone, contrastive=0.0, caption_weights=kind)
+        losses = []
+        for micro in (0, 2):
+            method.config = replace(method.config, micro_batch=micro)
+            with torch.no_grad():
+                torch.manual_seed(0)
+                losses.append(method.losses(pixels, labels)["next_token"])
+        torch.testing.assert_close(*losses)
+        found[kind] = float(losses[0])
+    assert len(set(found.values())) == 3
+    torch.manual_seed(0)
+    _, long = method._captions(labels)
+    p = text_probabilities(backbone, IMAGE_PROMPT, long[:1])[0]
+    torch.testing.assert_close(method._weights_of(long[:1]), token_weights(p, "focal", 1.0, 5.0))
+    method._weights = {tuple(caption): torch.full((len(caption),), 0.3) for caption in long}
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert float(method.losses(pixels, labels)["next_token"]) == pytest.approx(found["none"], rel=1e-5)
+
+
 @pytest.mark.parametrize("weights", [{}, {"next_token": 0.0}, {"contrastive": 0.0}])
 def test_parts_have_the_whole_batchs_gradient(llava, weights):
     method = shaken(make(llava, **weights))

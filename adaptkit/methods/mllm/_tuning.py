@@ -172,7 +172,8 @@ def answers_loss(
     logits = method.mllm.logits(hidden[:, :-1][supervised])  # the vocabulary is large: of no other token
     if weights is None:
         return F.cross_entropy(logits, following[supervised], reduction="sum")
-    return F.cross_entropy(logits, following[supervised], reduction="none") @ weights.to(logits)
+    losses = F.cross_entropy(logits, following[supervised], reduction="none")
+    return (losses * weights.to(losses)).sum()  # in autocast, a product of vectors would be in half precision
 
 
 def summed(part: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -21,6 +21,9 @@ from adaptkit.methods.mllm._tuning import IGNORED, answer_labels
 
 WeightKind = Literal["linear", "power", "focal"]
 
+USUAL: dict[WeightKind, tuple[float, float]] = {"linear": (1.0, 5.0), "power": (0.5, 5.0), "focal": (1.0, 5.0)}
+"""The sheet's strength and largest weight of each kind."""
+
 LEAST_PROBABILITY = 1e-4
 """Below this all tokens are equally hard to guess (power)."""
 

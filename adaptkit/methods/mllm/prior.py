@@ -22,7 +22,7 @@ from adaptkit.methods.base import progress_of
 from adaptkit.methods.mllm._captions import CaptionConfig, CaptionMethod
 from adaptkit.methods.mllm._lowrank import add_low_rank
 from adaptkit.methods.mllm._tuning import twin_of
-from adaptkit.methods.mllm._weights import WeightKind, text_log_probs, text_probabilities, token_weights
+from adaptkit.methods.mllm._weights import USUAL, WeightKind, text_log_probs, text_probabilities, token_weights
 from adaptkit.types import TrainingLoop
 
 _CAPTIONS_AT_ONCE = 16
@@ -39,8 +39,9 @@ class PriorConfig(CaptionConfig):
             " (1 - p)^strength."
         },
     )
-    strength: float = field(
-        default=1.0, metadata={"help": "How much weights differ; 0 weighs all tokens alike. The sheet's power: 0.5."}
+    strength: float | None = field(
+        default=None,
+        metadata={"help": "How much weights differ; 0 weighs all tokens alike; null: 1, of power 0.5."},
     )
     most: float = field(default=5.0, metadata={"help": "power: largest weight."})
     divide_by: Literal["weights", "tokens"] = field(
@@ -58,7 +59,7 @@ class PriorConfig(CaptionConfig):
         problems = [
             f"{name} is {getattr(self, name)}, but must be {wanted}"
             for name, wanted, ok in (
-                ("strength", "at least 0", self.strength >= 0),
+                ("strength", "at least 0", self.strength is None or self.strength >= 0),
                 ("most", "at least 1", self.most >= 1),
                 ("reference_epochs", "at least 1", self.reference_epochs >= 1),
                 ("reference_lr", "above 0", self.reference_lr > 0),
@@ -100,9 +101,9 @@ class Prior(CaptionMethod):
         if (label, place) not in self._weights:
             row, prompt = self.caption_rows[label][place], self.config.caption_prompt
             found = text_probabilities(self.reference(), prompt, [row])[0]
-            self._weights[label, place] = token_weights(
-                found, self.config.weights, self.config.strength, self.config.most
-            )
+            kind, strength = self.config.weights, self.config.strength
+            strength = USUAL[kind][0] if strength is None else strength
+            self._weights[label, place] = token_weights(found, kind, strength, self.config.most)
         return self._weights[label, place]
 
     def reference(self) -> MLLM:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
 from adaptkit.methods.mllm._reducing import ReducingConfig, token_facts
 from adaptkit.methods.mllm._soft import between, question_span, with_soft
 from adaptkit.methods.mllm._tuning import CHECKPOINTING, IGNORED, TwinMethod, answer_labels, summed
+from adaptkit.methods.mllm._weights import USUAL, text_probabilities, token_weights
 from adaptkit.types import NovelClasses, TrainingSettings
 
 MOST_SCALE = 100.0
@@ -54,6 +55,13 @@ class VladvaConfig(ReducingConfig):
     alpha: float = field(default=16, metadata={"help": "Scale of the updates: alpha / r."})
     contrastive: float = field(default=1.0, metadata={"help": "Weight of the contrastive loss."})
     next_token: float = field(default=1.0, metadata={"help": "Weight of the next-token loss on long captions."})
+    caption_weights: Literal["none", "linear", "power", "focal"] = field(
+        default="none",
+        metadata={
+            "help": "Tokens of long captions weigh more the less text foretells them (see prior).",
+            "later": True,
+        },
+    )
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "Both directions of the contrastive loss: added, or averaged."}
     )
@@ -134,6 +142,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
         placeholders = int(self._token_facts["tokens_per_image"])
         ids, start, end = question_span(prompter, Turn(self.config.image_prompt), [placeholders])
         self.image_soft = nn.Parameter(self._embedded_ids(ids[start:end]))
+        self._weights: dict[tuple[int, ...], Tensor] = {}  # by caption
         self._image_row = [*ids[:start], *(-1 - place for place in range(end - start)), *ids[end:]]
         bare, whole = (prompter.ids([Turn(f"a photo{more}", 0)]) for more in ("", self.config.text_prompt))
         start, end = between(whole, bare)
@@ -223,7 +232,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
         """
         size, config = self.config.micro_batch or len(labels), self.config
         short, long = self._captions(labels)
-        tokens = sum(map(len, long))
+        tokens = self._weights_of(long).sum()
         texts = self._texts(short) if config.contrastive else None
         if size >= len(labels):
             images, following = self._image_pass(inputs, long)
@@ -239,7 +248,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
         All features are computed without a graph first; the contrastive loss gives the gradient with respect to each,
         and every chunk is then computed again and pulled along it.
         """
-        terms, pull, config = dict[str, Tensor](), None, self.config
+        terms, pull, config, tokens = dict[str, Tensor](), None, self.config, self._weights_of(long).sum()
         if texts is not None:
             with torch.no_grad():
                 found = torch.cat([self.encode_shown(self.training_features(inputs[rows])) for rows in chunks])
@@ -251,7 +260,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
 
         def part(rows: Tensor) -> Tensor:
             images, following = self._image_pass(inputs[rows], [long[row] for row in rows.tolist()])
-            loss = config.next_token * following / sum(map(len, long))
+            loss = config.next_token * following / tokens
             values.append(loss.detach())
             return loss if pull is None else loss + (images * pull[rows]).sum()
 
@@ -294,7 +303,19 @@ class Vladva(TwinMethod, ClassWeightMethod):
         following = answer_labels(batch.ids, lengths)[:, 1:]
         supervised = following != IGNORED
         logits = self.mllm.logits(hidden[:, :-1][supervised])
-        return images, F.cross_entropy(logits, following[supervised], reduction="sum")
+        losses = F.cross_entropy(logits, following[supervised], reduction="none")
+        return images, (losses * self._weights_of(long)).sum()
+
+    def _weights_of(self, captions: Sequence[list[int]]) -> Tensor:
+        """Weights of all tokens of long captions, fp32 [tokens]; those of each caption are computed once."""
+        kind, backbone = self.config.caption_weights, cast(MLLM, self.backbone)
+        if kind == "none":
+            return torch.ones(sum(map(len, captions)), device=backbone.device)
+        for caption in captions:
+            if tuple(caption) not in self._weights:
+                (found,) = text_probabilities(backbone, self.config.image_prompt, [caption])
+                self._weights[tuple(caption)] = token_weights(found, kind, *USUAL[kind])
+        return torch.cat([self._weights[tuple(caption)] for caption in captions])
 
     def _contrast(self, images: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
         """The contrastive loss of features [batch, width] each, both directions."""
