@@ -8,9 +8,10 @@ Source: mllm sheets `backbones.md` and `few-shot-classifier.md`; transformers 5.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from adaptkit.backbones.base import Backbone, BackboneSpec, Tokens
 from adaptkit.backbones.mllm.families import Family
 from adaptkit.backbones.mllm.images import ImageFeatures, features_of
 from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.reading import PLAIN_TEXTS, Reading, blank_images
 from adaptkit.backbones.mllm.sampling import GREEDY, Sampling, chosen, said_before
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import BackboneError
@@ -102,6 +104,8 @@ class MLLM(Backbone):
     """
 
     is_mllm = True
+    image_centre: Tensor
+    text_centre: Tensor
 
     def __init__(
         self,
@@ -117,6 +121,9 @@ class MLLM(Backbone):
         self.family, self.model, self.prompter = family, model, prompter
         self._processor, self._image_options = processor, image_options
         self._instruction_tokenizer = instruction_tokenizer
+        self.reading = Reading()
+        for side in ("image_centre", "text_centre"):
+            self.register_buffer(side, torch.zeros(()), persistent=False)
         self.image_token = int(model.config.image_token_id)
         self._text_config = model.config.get_text_config()
         body = inspect.signature(self.language.forward).parameters
@@ -194,7 +201,13 @@ class MLLM(Backbone):
         return vectors
 
     def hidden(
-        self, batch: Batch, features: ImageFeatures | None = None, *, embeds: Tensor | None = None, cache: Any = None
+        self,
+        batch: Batch,
+        features: ImageFeatures | None = None,
+        *,
+        embeds: Tensor | None = None,
+        cache: Any = None,
+        layers: list[Tensor] | None = None,
     ) -> Tensor:
         """Last hidden states [rows, length, width] of a batch in one pass, differentiable.
 
@@ -204,23 +217,30 @@ class MLLM(Backbone):
             embeds: Token embeddings [rows, length, width] in place of those of `batch.ids` (soft prompts); images still
                 go where the ids have placeholders.
             cache: A cache to fill.
+            layers: A list to fill with the embeddings and the states behind each layer, [rows, length, width] each; the
+                last ones normalised, as they are returned.
         """
         common = {"attention_mask": batch.mask, "position_ids": batch.positions, "use_cache": cache is not None}
         common[self._cache_name] = cache
+        if layers is not None:
+            common["output_hidden_states"] = True
         shown = features is not None and len(features)
         if self.family.composed:
             vectors = self.embed(batch.ids) if embeds is None else embeds
             if features is not None and shown:
                 places = (batch.ids == self.image_token)[..., None]
                 vectors = vectors.masked_scatter(places, torch.cat(features.tokens).to(vectors.dtype))
-            out: Tensor = self.language(inputs_embeds=vectors, **common).last_hidden_state
-            return out
-        if batch.types is not None:
-            common["token_type_ids"] = batch.types
-        if features is not None and shown:
-            common["mm_encoder_outputs"] = {"image": features.as_outputs(self.family)}
-        common |= {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
-        last: Tensor = self.model.model(**common).last_hidden_state
+            output = self.language(inputs_embeds=vectors, **common)
+        else:
+            if batch.types is not None:
+                common["token_type_ids"] = batch.types
+            if features is not None and shown:
+                common["mm_encoder_outputs"] = {"image": features.as_outputs(self.family)}
+            common |= {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
+            output = self.model.model(**common)
+        if layers is not None:
+            layers.extend(output.hidden_states)
+        last: Tensor = output.last_hidden_state
         return last
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -420,10 +440,47 @@ class MLLM(Backbone):
 
     # --- as a dual encoder --------------------------------------------------------------------------------------------
 
+    def read_as(self, reading: Reading) -> MLLM:
+        """Read features elsewhere in the language model from now on; for a freshly loaded backbone. Returns itself.
+
+        Its name and digest change, so stored features of other readings aren't taken for these.
+
+        Raises:
+            BackboneError: It has fewer layers.
+        """
+        layers = self._text_config.num_hidden_layers
+        if reading.layer > layers:
+            raise BackboneError(
+                f"The language model of {self.spec.name!r} has {layers} layers, and {reading.suffix} asks for layer"
+                f" {reading.layer}: choose one from 1 to {layers}."
+            )
+        self.reading, spec = reading, self.spec
+        if reading.centred:
+            side = spec.preprocessing.image_size
+            with torch.no_grad():
+                self.image_centre = self.encode_image(blank_images(side).to(self.device)).mean(dim=0)
+                self.text_centre = self.encode_text(self.tokenize(PLAIN_TEXTS)).mean(dim=0)
+        digest = hashlib.sha256(f"{spec.digest}{reading.suffix}".encode()).hexdigest()
+        self.spec = replace(spec, name=f"{spec.name}{reading.suffix}", digest=digest)
+        return self
+
+    def _states(self, batch: Batch, features: ImageFeatures | None = None) -> Tensor:
+        """Hidden states [rows, length, width] where features are read."""
+        if not self.reading.layer:
+            return self.hidden(batch, features)
+        kept: list[Tensor] = []
+        self.hidden(batch, features, layers=kept)
+        return kept[self.reading.layer]
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         features = self.image_features(pixels, IMAGE_PROMPT)
         rows = [self.prompter.ids([Turn(IMAGE_PROMPT)], [count]) for count in features.counts]
-        return self.hidden(self.batch(rows, features), features)[:, -1].float()
+        batch = self.batch(rows, features)
+        states = self._states(batch, features).float()
+        if self.reading.pooling == "last":
+            return states[:, -1] - self.image_centre
+        shown = (batch.ids == self.image_token)[..., None]
+        return (states * shown).sum(dim=1) / shown.sum(dim=1) - self.image_centre
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         if isinstance(texts, str):
@@ -440,5 +497,5 @@ class MLLM(Backbone):
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         rows = [ids[: end + 1] for ids, end in zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)]
-        parts = [self.hidden(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
-        return torch.cat(parts).float()
+        parts = [self._states(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
+        return torch.cat(parts).float() - self.text_centre
