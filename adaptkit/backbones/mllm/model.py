@@ -39,6 +39,9 @@ HEAD_BYTES = 256 * 2**20
 KEYS_BYTES = 2 * 2**30
 """Room for keys and values of prompts that are asked together."""
 
+SHARED_SHARE = 0.25
+"""Prompts that begin alike are split from this share of their length on; below it a second pass doesn't pay."""
+
 TREE_NODES = 512
 """Tokens of a candidate tree that go through the model together."""
 
@@ -62,6 +65,12 @@ class Batch:
     positions: Tensor
     next_position: Tensor
     types: Tensor | None
+
+    def part(self, rows: slice, columns: slice) -> Batch:
+        """Some rows and columns; the mask still covers what stands in front of them."""
+        types = None if self.types is None else self.types[rows, columns]
+        mask, positions = self.mask[rows, : columns.stop], self.positions[..., rows, columns]
+        return Batch(self.ids[rows, columns], mask, positions, self.next_position[rows], types)
 
 
 @dataclass(frozen=True)
@@ -265,9 +274,40 @@ class MLLM(Backbone):
         from transformers import DynamicCache
 
         cache, batch = DynamicCache(), self.batch(rows, features)  # without a config it keeps all keys of all layers
-        hidden = self.hidden(batch, features, embeds=embedded(batch), cache=cache)
+        embeds, left = embedded(batch), batch
+        cut, images = (0, 0) if embeds is not None else self._shared_start(rows, features)
+        if cut and features is not None:
+            self.hidden(batch.part(slice(1), slice(cut)), features.select(range(images)), cache=cache)
+            cache.batch_repeat_interleave(len(rows))
+            each = len(features) // len(rows)
+            features = features.select([place for place in range(len(features)) if place % each >= images])
+            left = batch.part(slice(len(rows)), slice(cut, None))
+        hidden = self.hidden(left, features, embeds=embeds, cache=cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return Prefix(layers, batch.mask, batch.next_position, hidden[:, -1])
+
+    def _shared_start(self, rows: Sequence[Sequence[int]], features: ImageFeatures | None) -> tuple[int, int]:
+        """Tokens that all rows begin with, up to the first image that differs, and the images among them; else 0, 0.
+
+        A token sees nothing behind it, so they go through the model once. That isn't so in families in which image or
+        question tokens see each other both ways. Training takes the plain way.
+        """
+        count = len(features) if features is not None else 0
+        alike = count and count % len(rows) == 0 and len({len(row) for row in rows}) == 1
+        if len(rows) < 2 or not alike or self.family.token_types or torch.is_grad_enabled() or features is None:
+            return 0, 0
+        each, places = count // len(rows), [at for at, token in enumerate(rows[0]) if token == self.image_token]
+        if any(sum(token == self.image_token for token in row) != len(places) for row in rows):
+            return 0, 0
+        images = 0
+        while images < each and all(one is features.tokens[images] for one in features.tokens[images::each]):
+            images += 1
+        behind = sum(features.counts[:images])  # placeholders of the shared images
+        cut = places[behind] if behind < len(places) else len(rows[0]) - 1
+        cut = next((at for at in range(cut) if any(row[at] != rows[0][at] for row in rows)), cut)
+        if cut < len(rows[0]) * SHARED_SHARE or (behind and places[behind - 1] >= cut):
+            return 0, 0
+        return cut, images
 
     def rows_at_once(self, length: int, most: int = 16) -> int:
         """How many prompts of `length` tokens to put through the model together, at least 1."""
