@@ -10,8 +10,9 @@
     timm:NAME_OR_FOLDER         image encoders without text
 
 Any of them with @int8 or @nf4 behind it has the matrices of its open towers in 8 or 4 bits (bitsandbytes); a multimodal
-language model (`transformers:`, `mini-mllm`) those of its language model, and with @bf16 it is all in half precision. A
-bare name is never taken for a folder.
+language model (`transformers:`, `mini-mllm`) those of its language model, and with @bf16 it is all in half precision.
+Behind that, @layerN, @image-mean and @centred say where in a multimodal language model features are read. A bare name
+is never taken for a folder.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from adaptkit.backbones.base import Backbone
 from adaptkit.backbones.building import from_library, unknown_name
+from adaptkit.backbones.mllm.reading import Reading, split_reading
 from adaptkit.backbones.quantised import load_bitsandbytes, quantise, split_kind
 from adaptkit.errors import AdaptKitWarning, BackboneError, MissingPathError, UnknownNameError
 
 if TYPE_CHECKING:
     from adaptkit.backbones.dual_encoder import DualEncoder
+    from adaptkit.backbones.mllm.model import MLLM
     from adaptkit.backbones.transformers_clip import Weights
 
 EMBEDDED = ("mini", "mini-mllm")
@@ -116,7 +119,8 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
     Args:
         name: "mini", "mini-mllm", "ViT-B-16/openai" (open_clip's ARCHITECTURE/TAG; the tag "random" gives seeded random
             weights), "hf-hub:ORG/REPO", "local-dir:FOLDER", "transformers:ID_OR_FOLDER" or "timm:NAME_OR_FOLDER"; with
-            @int8 or @nf4 behind it quantised, with @bf16 in half precision (multimodal language models).
+            @int8 or @nf4 behind it quantised, with @bf16 in half precision (multimodal language models), with @layerN,
+            @image-mean or @centred read elsewhere (those too; see `adaptkit.backbones.mllm.reading`).
         device: Where it shall live.
 
     Returns:
@@ -132,7 +136,8 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
         >>> load_backbone("mini").spec.name
         'mini'
     """
-    name, quantisation = split_kind(name)
+    unread, reading = split_reading(name)
+    name, quantisation = split_kind(unread)
     plain, half = _split_half(name)
     parsed = parse_backbone_name(plain)
     loaders: dict[str, Callable[[BackboneName], Backbone]] = {
@@ -153,7 +158,13 @@ def load_backbone(name: str, *, device: str | torch.device = "cpu") -> Backbone:
             f"@bf16 is for multimodal language models, and {plain!r} isn't one: leave it off; CLIP-like encoders run in"
             " half precision with --precision bf16."
         )
-    return quantise(backbone, quantisation, place) if quantisation else backbone.to(place)
+    if reading != Reading() and not backbone.is_mllm:
+        raise BackboneError(
+            f"{reading.suffix} says where in a multimodal language model features are read, and {plain!r} isn't one:"
+            " leave it off."
+        )
+    backbone = quantise(backbone, quantisation, place) if quantisation else backbone.to(place)
+    return backbone if reading == Reading() else cast("MLLM", backbone).read_as(reading)
 
 
 def _split_half(name: str) -> tuple[str, bool]:

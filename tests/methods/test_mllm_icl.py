@@ -10,7 +10,7 @@ import torch
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, BackboneError, ConfigError, UnsupportedError
-from adaptkit.methods.mllm.mllm_icl import MllmIcl, MllmIclConfig, _balanced, _reordered
+from adaptkit.methods.mllm.mllm_icl import MllmIcl, MllmIclConfig, _balanced, _reordered, _together
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot
 from adaptkit.types import FitTask, TensorInputs
 from tests.backbones import tiny_mllm as tiny
@@ -172,3 +172,22 @@ def test_too_many_examples_are_refused_before_any_work(backbone):
         MllmIcl(backbone, NAMES, config=MllmIclConfig(examples=50))
     with pytest.raises(ConfigError, match="examples is 0"):
         MllmIclConfig(examples=0)
+
+
+@pytest.mark.parametrize("selection", ["balanced", "nearest"])
+def test_shared_examples_change_no_number(backbone, monkeypatch, selection):
+    """Queries with the same examples share one pass over them, and get the logits that they get alone."""
+    from adaptkit.backbones.mllm import model
+
+    method, _ = fitted(backbone, selection=selection, orders=2)
+    pixels = tiny.pixels(5)
+    together, alone = ask(method, pixels), torch.cat([ask(method, one[None]) for one in pixels])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(model, "SHARED_SHARE", 2.0)
+    torch.testing.assert_close(together, ask(method, pixels), rtol=1e-5, atol=1e-5)
+
+
+def test_questions_with_the_same_examples_are_asked_together():
+    assert _together([[1, 2], [2, 1], [1, 2], [3, 4], [2, 1], [5, 6]]) == [[0, 2], [1, 4], [3, 5]]
+    assert _together([[], []]) == [[0, 1]]
+    assert _together([]) == []

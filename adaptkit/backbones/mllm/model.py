@@ -8,6 +8,7 @@ Source: mllm sheets `backbones.md` and `few-shot-classifier.md`; transformers 5.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from adaptkit.backbones.mllm.attention import pooled, watching
 from adaptkit.backbones.mllm.families import Family
 from adaptkit.backbones.mllm.images import ImageFeatures, features_of
 from adaptkit.backbones.mllm.prompts import Prompter, Turn
+from adaptkit.backbones.mllm.reading import PLAIN_TEXTS, Reading, blank_images
 from adaptkit.backbones.mllm.reduction import MERGED_WINDOW, PATCH_WINDOW, Reduction, thinned
 from adaptkit.backbones.mllm.sampling import GREEDY, Sampling, chosen, said_before
 from adaptkit.backbones.mllm.trie import Trie
@@ -38,6 +40,9 @@ HEAD_BYTES = 256 * 2**20
 
 KEYS_BYTES = 2 * 2**30
 """Room for keys and values of prompts that are asked together."""
+
+SHARED_SHARE = 0.25
+"""Prompts that begin alike are split from this share of their length on; below it a second pass doesn't pay."""
 
 TREE_NODES = 512
 """Tokens of a candidate tree that go through the model together."""
@@ -62,6 +67,12 @@ class Batch:
     positions: Tensor
     next_position: Tensor
     types: Tensor | None
+
+    def part(self, rows: slice, columns: slice) -> Batch:
+        """Some rows and columns; the mask still covers what stands in front of them."""
+        types = None if self.types is None else self.types[rows, columns]
+        mask, positions = self.mask[rows, : columns.stop], self.positions[..., rows, columns]
+        return Batch(self.ids[rows, columns], mask, positions, self.next_position[rows], types)
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,8 @@ class MLLM(Backbone):
     """
 
     is_mllm = True
+    image_centre: Tensor
+    text_centre: Tensor
 
     def __init__(
         self,
@@ -119,6 +132,9 @@ class MLLM(Backbone):
         self.family, self.model, self.prompter = family, model, prompter
         self._processor, self._image_options = processor, image_options
         self._instruction_tokenizer = instruction_tokenizer
+        self.reading = Reading()
+        for side in ("image_centre", "text_centre"):
+            self.register_buffer(side, torch.zeros(()), persistent=False)
         self.image_token = int(model.config.image_token_id)
         self._text_config = model.config.get_text_config()
         body = inspect.signature(self.language.forward).parameters
@@ -257,7 +273,13 @@ class MLLM(Backbone):
         return vectors
 
     def hidden(
-        self, batch: Batch, features: ImageFeatures | None = None, *, embeds: Tensor | None = None, cache: Any = None
+        self,
+        batch: Batch,
+        features: ImageFeatures | None = None,
+        *,
+        embeds: Tensor | None = None,
+        cache: Any = None,
+        layers: list[Tensor] | None = None,
     ) -> Tensor:
         """Last hidden states [rows, length, width] of a batch in one pass, differentiable.
 
@@ -267,23 +289,30 @@ class MLLM(Backbone):
             embeds: Token embeddings [rows, length, width] in place of those of `batch.ids` (soft prompts); images still
                 go where the ids have placeholders.
             cache: A cache to fill.
+            layers: A list to fill with the embeddings and the states behind each layer, [rows, length, width] each; the
+                last ones normalised, as they are returned.
         """
         common = {"attention_mask": batch.mask, "position_ids": batch.positions, "use_cache": cache is not None}
         common[self._cache_name] = cache
+        if layers is not None:
+            common["output_hidden_states"] = True
         shown = features is not None and len(features)
         if self.family.composed:
             vectors = self.embed(batch.ids) if embeds is None else embeds
             if features is not None and shown:
                 places = (batch.ids == self.image_token)[..., None]
                 vectors = vectors.masked_scatter(places, torch.cat(features.tokens).to(vectors.dtype))
-            out: Tensor = self.language(inputs_embeds=vectors, **common).last_hidden_state
-            return out
-        if batch.types is not None:
-            common["token_type_ids"] = batch.types
-        if features is not None and shown:
-            common["mm_encoder_outputs"] = {"image": features.as_outputs(self.family)}
-        common |= {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
-        last: Tensor = self.model.model(**common).last_hidden_state
+            output = self.language(inputs_embeds=vectors, **common)
+        else:
+            if batch.types is not None:
+                common["token_type_ids"] = batch.types
+            if features is not None and shown:
+                common["mm_encoder_outputs"] = {"image": features.as_outputs(self.family)}
+            common |= {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
+            output = self.model.model(**common)
+        if layers is not None:
+            layers.extend(output.hidden_states)
+        last: Tensor = output.last_hidden_state
         return last
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -308,9 +337,40 @@ class MLLM(Backbone):
         from transformers import DynamicCache
 
         cache, batch = DynamicCache(), self.batch(rows, features)  # without a config it keeps all keys of all layers
-        hidden = self.hidden(batch, features, embeds=embedded(batch), cache=cache)
+        embeds, left = embedded(batch), batch
+        cut, images = (0, 0) if embeds is not None else self._shared_start(rows, features)
+        if cut and features is not None:
+            self.hidden(batch.part(slice(1), slice(cut)), features.select(range(images)), cache=cache)
+            cache.batch_repeat_interleave(len(rows))
+            each = len(features) // len(rows)
+            features = features.select([place for place in range(len(features)) if place % each >= images])
+            left = batch.part(slice(len(rows)), slice(cut, None))
+        hidden = self.hidden(left, features, embeds=embeds, cache=cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         return Prefix(layers, batch.mask, batch.next_position, hidden[:, -1])
+
+    def _shared_start(self, rows: Sequence[Sequence[int]], features: ImageFeatures | None) -> tuple[int, int]:
+        """Tokens that all rows begin with, up to the first image that differs, and the images among them; else 0, 0.
+
+        A token sees nothing behind it, so they go through the model once. That isn't so in families in which image or
+        question tokens see each other both ways. Training takes the plain way.
+        """
+        count = len(features) if features is not None else 0
+        alike = count and count % len(rows) == 0 and len({len(row) for row in rows}) == 1
+        if len(rows) < 2 or not alike or self.family.token_types or torch.is_grad_enabled() or features is None:
+            return 0, 0
+        each, places = count // len(rows), [at for at, token in enumerate(rows[0]) if token == self.image_token]
+        if any(sum(token == self.image_token for token in row) != len(places) for row in rows):
+            return 0, 0
+        images = 0
+        while images < each and all(one is features.tokens[images] for one in features.tokens[images::each]):
+            images += 1
+        behind = sum(features.counts[:images])  # placeholders of the shared images
+        cut = places[behind] if behind < len(places) else len(rows[0]) - 1
+        cut = next((at for at in range(cut) if any(row[at] != rows[0][at] for row in rows)), cut)
+        if cut < len(rows[0]) * SHARED_SHARE or (behind and places[behind - 1] >= cut):
+            return 0, 0
+        return cut, images
 
     def rows_at_once(self, length: int, most: int = 16) -> int:
         """How many prompts of `length` tokens to put through the model together, at least 1."""
@@ -483,10 +543,47 @@ class MLLM(Backbone):
 
     # --- as a dual encoder --------------------------------------------------------------------------------------------
 
+    def read_as(self, reading: Reading) -> MLLM:
+        """Read features elsewhere in the language model from now on; for a freshly loaded backbone. Returns itself.
+
+        Its name and digest change, so stored features of other readings aren't taken for these.
+
+        Raises:
+            BackboneError: It has fewer layers.
+        """
+        layers = self._text_config.num_hidden_layers
+        if reading.layer > layers:
+            raise BackboneError(
+                f"The language model of {self.spec.name!r} has {layers} layers, and {reading.suffix} asks for layer"
+                f" {reading.layer}: choose one from 1 to {layers}."
+            )
+        self.reading, spec = reading, self.spec
+        if reading.centred:
+            side = spec.preprocessing.image_size
+            with torch.no_grad():
+                self.image_centre = self.encode_image(blank_images(side).to(self.device)).mean(dim=0)
+                self.text_centre = self.encode_text(self.tokenize(PLAIN_TEXTS)).mean(dim=0)
+        digest = hashlib.sha256(f"{spec.digest}{reading.suffix}".encode()).hexdigest()
+        self.spec = replace(spec, name=f"{spec.name}{reading.suffix}", digest=digest)
+        return self
+
+    def _states(self, batch: Batch, features: ImageFeatures | None = None) -> Tensor:
+        """Hidden states [rows, length, width] where features are read."""
+        if not self.reading.layer:
+            return self.hidden(batch, features)
+        kept: list[Tensor] = []
+        self.hidden(batch, features, layers=kept)
+        return kept[self.reading.layer]
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         features = self.image_features(pixels, IMAGE_PROMPT)
         rows = [self.prompter.ids([Turn(IMAGE_PROMPT)], [count]) for count in features.counts]
-        return self.hidden(self.batch(rows, features), features)[:, -1].float()
+        batch = self.batch(rows, features)
+        states = self._states(batch, features).float()
+        if self.reading.pooling == "last":
+            return states[:, -1] - self.image_centre
+        shown = (batch.ids == self.image_token)[..., None]
+        return (states * shown).sum(dim=1) / shown.sum(dim=1) - self.image_centre
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         if isinstance(texts, str):
@@ -503,5 +600,5 @@ class MLLM(Backbone):
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         rows = [ids[: end + 1] for ids, end in zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)]
-        parts = [self.hidden(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
-        return torch.cat(parts).float()
+        parts = [self._states(self.batch(rows[start : start + 64]))[:, -1] for start in range(0, len(rows), 64)]
+        return torch.cat(parts).float() - self.text_centre

@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM, Batch, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
+from adaptkit.backbones.mllm.reading import blank_images
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods.base import Method
@@ -104,9 +105,7 @@ class AskingMethod(Method):
 
     def blank_images(self) -> Tensor:
         """Two images without content, pixels [2, 3, size, size]: grey, and noise (always the same)."""
-        side = self.backbone.spec.preprocessing.image_size
-        noise = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
-        return torch.stack([torch.full((3, side, side), 0.5), noise]).to(self.backbone.device)
+        return blank_images(self.backbone.spec.preprocessing.image_size).to(self.backbone.device)
 
     def at_once(self, images: int = 1, text: int = 0) -> int:
         """How many prompts go through the model together; it bounds memory, and changes no number.

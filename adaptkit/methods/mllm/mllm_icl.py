@@ -141,14 +141,17 @@ class MllmIcl(PairwiseMethod):
         total = torch.zeros(len(queries), len(self.class_names), device=self.backbone.device)
         for order in range(self.config.orders):
             shown = [row if order == 0 else _reordered(row, order) for row in chosen]
-            turns = [
-                [*(Turn(self.question, 1, names[labels[index]]) for index in row), Turn(self.question)] for row in shown
-            ]
-            images = [
-                part for place, row in enumerate(shown) for part in (self.shots().select(row), queries.select([place]))
-            ]
-            scores = self.mllm.candidate_scores(self.prefix(ImageFeatures.join(images), turns), trie)
-            total += normalised(scores, trie.lengths, self.config.normalisation) / self.config.orders
+            for places in _together(shown):
+                picked = [shown[place] for place in places]
+                turns = [[Turn(self.question, 1, names[labels[index]]) for index in row] for row in picked]
+                images = [
+                    part
+                    for place, row in zip(places, picked, strict=True)
+                    for part in (self.shots().select(row), queries.select([place]))
+                ]
+                asked = [[*row, Turn(self.question)] for row in turns]
+                scores = self.mllm.candidate_scores(self.prefix(ImageFeatures.join(images), asked), trie)
+                total[places] += normalised(scores, trie.lengths, self.config.normalisation) / self.config.orders
         return total
 
     def _chosen(self, query: ImageFeatures, labels: list[int], leave_out: int | None) -> list[int]:
@@ -161,6 +164,16 @@ class MllmIcl(PairwiseMethod):
         shots = F.normalize(_means(self.shots().select(usable)), dim=-1)
         near = (shots @ F.normalize(_means(query), dim=-1)[0]).topk(min(self.config.examples, len(usable))).indices
         return [usable[index] for index in near.flip(0).tolist()]
+
+
+def _together(shown: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of questions that are asked together: those with the same examples, which then go through the model once
+    (`MLLM.prefix` sees to it), and all that have no like."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(shown):
+        alike.setdefault(tuple(row), []).append(place)
+    single = [places[0] for places in alike.values() if len(places) == 1]
+    return [places for places in alike.values() if len(places) > 1] + ([single] if single else [])
 
 
 def _means(features: ImageFeatures) -> Tensor:
