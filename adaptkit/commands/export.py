@@ -116,14 +116,14 @@ def command(
 def _show(report: dict) -> None:  # type: ignore[type-arg]
     labelled = bool(report["probes"]["labelled"])
     sets = ["same set"] * ("sets" in report)
-    columns = ["file", "MB", "largest difference", "largest logit", "same class", *sets]
+    columns = ["file", "MB", "difference", "of", "same class", *sets]
     columns += ["accuracy", *(["coverage"] if sets else [])] if labelled else []
     rows = []
     for name, facts in report["models"].items():
         row = [name, f"{facts['bytes'] / 1e6:.1f}", f"{facts['max_difference']:.1e}", f"{facts['largest_logit']:.1f}"]
         shares = [facts[key] for key in ("top1_agreement", "same_sets", "accuracy", "coverage") if key in facts]
         rows.append(row + [f"{console.percent(share)} %" for share in shares])
-    note = f"compared on {report['probes']['what']} ({report['probes']['images']} files)"
+    note = f"largest difference of a logit, compared on {report['probes']['what']} ({report['probes']['images']} files)"
     if labelled:
         note += f"; the adapter: {console.percent(report['adapter_accuracy'])} %"
-    console.print_table("", columns, rows, left=["file"], note=note)
+    console.print_table("", columns, rows, left=["file"], note=note, wide=True)

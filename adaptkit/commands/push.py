@@ -30,10 +30,11 @@ def command(adapter: Path, repo: str, private: bool, licence: str | None, dry_ru
     Example:
       adaptkit push runs/first/best my-name/my-adapter --dry-run
     """
-    from adaptkit.export.hub import is_on_hub, prepare, push
+    from adaptkit.export.hub import check_repo, is_on_hub, prepare, push
 
     if is_on_hub(adapter):
         raise ConfigError(f"{adapter} is on the Hub already: give an adapter folder of this machine.")
+    check_repo(repo)
     folder = _runs.adapter_folder(adapter)
     if dry_run:
         with tempfile.TemporaryDirectory() as place:

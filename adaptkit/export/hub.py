@@ -60,7 +60,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, licence: str |
     """
     from huggingface_hub import HfApi
 
-    _check_repo(repo)
+    check_repo(repo)
     with tempfile.TemporaryDirectory() as place:
         building = Path(place)
         prepare(folder, building, licence)
@@ -125,7 +125,7 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, at, revision = str(source).removeprefix(PREFIX).partition("@")
-    _check_repo(repo)
+    check_repo(repo)
     if at and not revision:
         raise ConfigError(f"{source} names no revision: put a commit, a tag or a branch behind the @, or leave it out.")
     with _hub_errors(str(source)):
@@ -139,7 +139,12 @@ def fetch(source: str | Path) -> Path:
     return Path(found)
 
 
-def _check_repo(repo: str) -> None:
+def check_repo(repo: str) -> None:
+    """Refuse what can't name a repository on the Hub.
+
+    Raises:
+        ConfigError: It isn't user/name.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,unused-ignore]
 

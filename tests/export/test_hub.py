@@ -213,5 +213,7 @@ def test_refusals(server, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="can't be reached"):
         fetch("hf-hub:somebody/new")
+    outcome = CliRunner().invoke(main, ["push", str(folders["probe"]), "no name", "--dry-run"])
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
     outcome = CliRunner().invoke(main, ["predict", "hf-hub:somebody/new", "a.png"])
     assert outcome.exit_code == 2, outcome.output
