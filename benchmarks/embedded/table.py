@@ -23,6 +23,35 @@ def base_to_novel_page(runs: Sequence[Scores], shots: int) -> str:
     return _page("python -m benchmarks.embedded", "Prompt methods", said, runs, _dataset_table, ending)
 
 
+def mllm_page(runs: Sequence[Scores], shots: int) -> str:
+    """The page of the multimodal language model: a table for each dataset, and what DiVE-k's training does."""
+    said = (
+        f"Base-to-novel, {shots} shots, {_seeds(runs)}: mean ± sample standard deviation of the accuracy in percent,"
+        " each half asked about its own classes; H is the harmonic mean of the mean base and the mean novel accuracy."
+        " Rows marked CLIP are of `mini`, all others of `mini-mllm`; rows marked features treat it as a dual encoder."
+    )
+    ending = ["## DiVE-k beside supervised tuning, in points over zero-shot", "", *_tuned_gains(runs)]
+    title = "Multimodal language models"
+    return _page("python -m benchmarks.embedded.mllm", title, said, runs, _dataset_table, ending)
+
+
+def _tuned_gains(runs: Sequence[Scores]) -> Iterator[str]:
+    methods = ("mllm-lora", "mllm-lora, letters", "mllm-lora, softmax", "virft", "dive-k")
+    yield f"| dataset | {' | '.join(f'{method}: base, novel' for method in methods)} |"
+    yield "|---" * (len(methods) + 1) + "|"
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        own = [run for run in runs if run["dataset"] == dataset]
+        there = {run["method"] for run in own}
+        cells = []
+        for method in methods:
+            if {method, "mllm-zero-shot"} - there:
+                cells.append("not run")
+                continue
+            gains = [_summary(own, method, w).mean - _summary(own, "mllm-zero-shot", w).mean for w in ("base", "novel")]
+            cells.append(", ".join(f"{100 * gain:+.1f}" for gain in gains))
+        yield f"| {dataset} | {' | '.join(cells)} |"
+
+
 def _seeds(runs: Sequence[Scores]) -> str:
     return f"seeds {', '.join(map(str, sorted({run['seed'] for run in runs})))}"
 
