@@ -378,6 +378,11 @@ def test_settings_that_cannot_be(settings, says):
         Reduction("vscan", **settings)
 
 
+def test_tokens_without_a_grid_are_refused():
+    with pytest.raises(BackboneError, match="12 tokens of an image are no square grid"):
+        thinned(ImageFeatures((torch.zeros(12, 4),)), Reduction("uniform", 0.5), tiny.pixels(1))
+
+
 def test_counts_from_shares():
     assert [Reduction("vscan", share).count(576) for share in (1.0, 0.333, 1 / 9, 1e-9)] == [576, 192, 64, 1]
     assert OTHERS == ("llava_next", "llava_onevision", "qwen3_vl", "idefics2", "blip2", "instructblip")

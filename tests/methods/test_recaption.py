@@ -170,6 +170,15 @@ def test_training_stops_and_the_best_epoch_stays(llava):
     assert any(not torch.equal(now[key], value) for key, value in states[4].items())
 
 
+@pytest.mark.parametrize("said", [0.0, 1.0])
+def test_a_model_that_always_says_the_same_is_not_stopped(llava, said):
+    report = trained(scripted(make(llava, patience=1), [(0.5, said)] * 4), epochs=4)
+    assert (report["epochs"], report["best_epoch"]) == (4, 4)
+    later = [(0.5, said), (0.5, said), (0.6, 0.3), (0.5, said), (0.5, said)]
+    report = trained(scripted(make(llava, patience=2), later), epochs=9)
+    assert (report["epochs"], report["best_epoch"]) == (5, 3)
+
+
 def test_without_validation_images_it_runs_through(llava):
     report = trained(make(llava), val=False)
     assert report["epochs"] == 3
@@ -186,7 +195,7 @@ def test_the_probe_asks_about_validation_images(llava):
     assert sum(question.answer for question in questions) == 2
     for question in questions:
         own = NAMES[int(task.val.labels[int(question.image)])].replace("_", " ")
-        assert (f": {own}?" in question.question) == question.answer
+        assert (f" a {own}?" in question.question) == question.answer
     found = method._probed()
     assert 0 <= found["balanced_accuracy"] <= 1
     report = trained(make(llava), epochs=2)

@@ -15,14 +15,14 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.errors import ConfigError
+from adaptkit.errors import BackboneError, ConfigError
 
 Rule = Literal["none", "vscan", "attention", "merge", "norm", "uniform", "random"]
 
@@ -90,7 +90,13 @@ def thinned(
         pixels: The images, [images, 3, size, size]: random choices depend on them alone, so on no other image.
         maps: Shallow and deep attention, [images, tokens on the grid] each, for rules that need it.
         window: Side of a window where the reduction doesn't say.
+
+    Raises:
+        BackboneError: The tokens aren't a square grid, with at most a class token in front.
     """
+    odd = next((count for count in features.counts if count - math.isqrt(count) ** 2 > 1), None)
+    if odd is not None:
+        raise BackboneError(f"{odd} tokens of an image are no square grid, so none can be left out by where they lie.")
     kept, places = [], []
     for image, tokens in enumerate(features.tokens):
         keep = reduction.count(len(tokens))
@@ -144,8 +150,8 @@ def _chosen(
     seed: int,
 ) -> Tensor:
     """Sorted places on the grid, int64 [keep]."""
-    if rule in ("vscan", "attention") and attention is not None:
-        shallow, deep = attention
+    if rule in ("vscan", "attention"):
+        shallow, deep = cast(tuple[Tensor, Tensor], attention)
         local = local_choice(shallow, side, keep // 2, window) if rule == "vscan" else deep.new_zeros(0).long()
         rest = deep.index_fill(0, local, -torch.inf)
         return torch.cat([local, _top(rest, keep - len(local))]).sort().values

@@ -27,7 +27,7 @@ from adaptkit.methods.mllm._rewrites import Gated, VariantSampler, gate
 from adaptkit.methods.probe import ProbeQuestion, make_probe, probe_metrics
 from adaptkit.types import FitTask, Inputs, TrainingLoop, TrainingSettings
 
-_QUESTION = "Does the image show this {attribute}: {value}? Answer yes or no."
+_QUESTION = "Does the image show a {value}? Answer yes or no."
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,13 @@ class Recaption(CaptionMethod):
         self.enough = epoch - best >= self.config.patience
 
     def _best_epoch(self) -> int:
-        """The epoch that tells true from false best, of equal ones the one that says yes as often as no; the first."""
+        """The epoch that tells true from false best, of equal ones the one that says yes as often as no; the first.
+
+        Where the best always says the same, the questions don't tell epochs apart, and it is the last.
+        """
         ranks = [(one["balanced_accuracy"], -abs(one["yes_rate"] - 0.5)) for one in self._epochs]
-        return ranks.index(max(ranks))
+        best = ranks.index(max(ranks))
+        return best if 0 < self._epochs[best]["yes_rate"] < 1 else len(ranks) - 1
 
     def finish(self, task: Any) -> dict[str, Any]:
         facts: dict[str, Any] = {}
