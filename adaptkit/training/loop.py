@@ -311,11 +311,9 @@ class _Run:
                 self._check_together(0 if saved is None else saved.facts.steps)
                 if saved is not None:
                     epoch, done, tally = self._restore(saved)
-            while epoch < self.settings.epochs:
+            while epoch < self.settings.epochs and not self.method.enough:
                 self._epoch(epoch, done, tally)
                 epoch, done, tally = epoch + 1, 0, _Tally()
-                if self.method.enough:
-                    break
         finally:
             hook.remove()
 

@@ -25,6 +25,7 @@ from adaptkit.training.checkpoints import Checkpoints
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, make_task, tiny_clip
+from tests.quick import short_answers
 
 GRADIENT = tuple(name for name in methods if issubclass(methods.get(name), GradientMethod) and name != "gist")
 """All but one, which trains by this loop only on request."""
@@ -38,14 +39,15 @@ class Killed(Exception):
 
 
 @lru_cache(maxsize=2)
-def backbone_for(mllm):
-    return tiny_mllm.load("llava") if mllm else tiny_clip(layers=12)
+def backbone_for(kind):
+    return tiny_mllm.load(kind) if kind else tiny_clip(layers=12)
 
 
 def fit(name, folder=None, kill_at=None, config=None, identity="a", **changes):
     """A method after 3 epochs of 3 steps, and the report; on request ended before step `kill_at` + 1."""
     kind = methods.get(name)
-    backbone = backbone_for(kind.needs_mllm)
+    backbone = backbone_for(tiny_mllm.kind_for(name) if kind.needs_mllm else "")
+    config = short_answers(config or kind.config_class())
     method = kind(backbone, NAMES, seed=3, descriptions=DESCRIPTIONS, config=config)
     settings = replace(kind.default_training, epochs=3, batch_size=3, keep_last=True, steps_per_shot=0, **changes)
     kept = None if folder is None else Checkpoints(folder, identity, every=0)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Reason = Literal["duplicate", "length", "missing", "new"]
 
@@ -112,11 +113,25 @@ class VariantSampler:
     """Draws a variant for each image such that it gets all of them before any comes again."""
 
     def __init__(self) -> None:
-        self._left: dict[Hashable, list[int]] = {}
+        self._left: dict[int, list[int]] = {}
 
-    def draw(self, image: Hashable, count: int) -> int:
+    def draw(self, image: int, count: int) -> int:
         """The next variant of an image that has `count`, from torch's own generator."""
         left = self._left.get(image)
         if not left:
             left = self._left[image] = torch.randperm(count).tolist()
         return left.pop()
+
+    @property
+    def state(self) -> Tensor:
+        """Numbers of images with a variant each that they haven't had yet, in order, int64 [variants, 2]."""
+        pairs = [(image, variant) for image, left in self._left.items() for variant in left]
+        return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> VariantSampler:
+        """A sampler that goes on from another's `state`."""
+        sampler = cls()
+        for image, variant in state.tolist():
+            sampler._left.setdefault(image, []).append(variant)
+        return sampler

@@ -11,7 +11,7 @@ place of captioned images; a cosine without warm-up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -229,7 +229,14 @@ class QFormer(BridgedMllm):
     # --- training and answering ---------------------------------------------------------------------------------------
 
     def prepare(self, task: FitTask) -> None:
+        super().prepare(task)
         self._stage = self.config.stages[0]
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {"stage": torch.tensor(int(self._stage))}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        self._stage = str(int(state["stage"]))
 
     def after_epoch(self, epoch: int, epochs: int) -> None:
         if self.config.stages == "1+2" and 2 * (epoch + 1) >= epochs:

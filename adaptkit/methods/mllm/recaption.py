@@ -12,6 +12,7 @@ validation images, answered by likelihood; without validation images it isn't st
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,7 +92,7 @@ class Recaption(CaptionMethod):
 
     def choose(self, inputs: Tensor, labels: Tensor) -> list[int]:
         """For each image a variant that it hasn't had, until it has had all."""
-        images = inputs.tolist() if inputs.dim() == 1 else [f"class {label}" for label in labels.tolist()]
+        images = inputs.tolist() if inputs.dim() == 1 else (-1 - labels).tolist()  # without numbers, by class
         counts = [len(self.captions[label]) for label in labels.tolist()]
         return [self._sampler.draw(image, count) for image, count in zip(images, counts, strict=True)]
 
@@ -144,6 +145,23 @@ class Recaption(CaptionMethod):
         if best == epoch:
             self._best = {key: value.clone() for key, value in self.adapter_state().items()}
         self.enough = epoch - best >= self.config.patience
+
+    def training_state(self) -> dict[str, Tensor]:
+        kept = {f"best.{key}": value for key, value in (self._best or {}).items()}
+        kinds = sorted(self._epochs[0]) if self._epochs else []
+        probed = [[one[kind] for kind in kinds] for one in self._epochs]
+        kept |= {
+            f"probed.{kind}": torch.tensor(row, dtype=torch.float64)
+            for kind, row in zip(kinds, zip(*probed, strict=True), strict=True)
+        }
+        return kept | {"variants": self._sampler.state, "enough": torch.tensor(self.enough)}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        best = {key.removeprefix("best."): value for key, value in state.items() if key.startswith("best.")}
+        probed = {key.removeprefix("probed."): v.tolist() for key, v in state.items() if key.startswith("probed.")}
+        self._best = best or None
+        self._epochs = [dict(zip(probed, row, strict=True)) for row in zip(*probed.values(), strict=True)]
+        self._sampler, self.enough = VariantSampler.from_state(state["variants"]), bool(state["enough"])
 
     def _best_epoch(self) -> int:
         """The epoch that tells true from false best, of equal ones the one that says yes as often as no; the first.
