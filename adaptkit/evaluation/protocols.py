@@ -46,7 +46,7 @@ _TEST_BATCH = 256
 
 
 def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | None = None) -> Recipe | None:
-    """The recipe of a run: the one named, else "quick" for the embedded backbone and the paper's for any other.
+    """The recipe of a run: the one named, else "quick" for the embedded backbones and the paper's for any other.
 
     Where a method has none for a protocol with targets, that of a protocol that trains alike serves (`STAND_INS`).
 
@@ -58,7 +58,8 @@ def choose_recipe(method: str, protocol: str, backbone: Backbone, name: str | No
         return None
     protocols = (protocol, *STAND_INS.get(protocol, ()))
     if name is None:
-        variants = ("quick", "") if backbone.spec.family == "mini" else ("",)
+        embedded = backbone.spec.family == "mini" or backbone.spec.name.partition("@")[0] == "mini-mllm"
+        variants = ("quick", "") if embedded else ("",)
         found = (find_recipe(method, one, variant) for variant in variants for one in protocols)
         return next((recipe for recipe in found if recipe is not None), None)
     if "/" in name or name.endswith((".yaml", ".yml")):
