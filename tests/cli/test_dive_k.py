@@ -65,3 +65,22 @@ def test_bad_input(refused, photos, backbone):
     leak = ["--set", "prompt=Is it a yew or what {noun} is it?"]
     for method in ("dive-k", "virft"):
         assert "name novel classes ('yew')" in run(method, *SHORT, *leak)
+
+
+def test_the_embedded_model_gets_the_quick_recipe(call, photos, tmp_path):
+    words = ["run", photos, "--method", "dive-k", "--backbone", "mini-mllm", "--shots", 1]
+    outcome = call(
+        *words,
+        "--protocol",
+        "base-to-novel",
+        "--set",
+        "training.epochs=1",
+        "--set",
+        "samples=2",
+        "--out",
+        tmp_path / "out",
+    )
+    assert outcome.exit_code == 0, outcome.output
+    result = read_run(tmp_path / "out")
+    assert result.recipe == "dive-k/base-to-novel-quick"
+    assert result.fit["options_from"] == "samples"

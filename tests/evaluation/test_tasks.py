@@ -340,7 +340,7 @@ def test_every_option_changes_the_key_and_plain_tasks_keep_theirs(backbone, tmp_
 
 
 def test_recipes_of_a_protocol_that_trains_alike_stand_in(backbone):
-    large = SimpleNamespace(spec=SimpleNamespace(family="open_clip"))
+    large = SimpleNamespace(spec=SimpleNamespace(family="open_clip", name="large"))
     assert choose_recipe("coop", "cross-dataset", backbone).name == "coop/cross-dataset-quick"
     assert choose_recipe("coop", "domain-generalisation", backbone).name == "coop/cross-dataset-quick"
     assert choose_recipe("prograd", "cross-dataset", backbone).name == "prograd/few-shot-quick"
