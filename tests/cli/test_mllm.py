@@ -59,7 +59,7 @@ def test_an_adapter_on_disk_predicts(call, photos, tmp_path, backbone):
     assert loaded.predict_proba([picture]).shape == (1, len(CLASSES))
 
 
-TUNED = ("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit")
+TUNED = ("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit", "twin")
 
 
 @pytest.mark.parametrize("method", TUNED)
@@ -72,7 +72,7 @@ def test_tuned_models_on_disk(call, photos, tmp_path, backbone, method):
     assert [(part.name, part.num_classes) for part in result.parts] == [("base", 2), ("novel", 2)]
     assert result.fit["losses"][1] < result.fit["losses"][0]
     assert result.recipe == f"{method}/base-to-novel"
-    assert (out / "adapter" / "peft").is_dir() == (method in ("mllm-lora", "mllm-qlora"))
+    assert (out / "adapter" / "peft").is_dir() == (method in ("mllm-lora", "mllm-qlora", "twin"))
     outcome = call("predict", out, picture, "--json")
     assert outcome.exit_code == 0, outcome.output
     loaded = adaptkit.load(out / "adapter")
