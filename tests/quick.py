@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaptkit.data.splits import Dataset
 from adaptkit.methods import methods
-from adaptkit.methods.base import GradientMethod
+from adaptkit.methods.base import GradientMethod, MethodConfig
 from tests.backbones import tiny_mllm
 
 
@@ -33,6 +33,16 @@ def quick_overrides(name: str) -> list[str]:
         overrides += ["method.samples=2", "method.class_list=never"]
     searched = [field for field in kind.config_class.__dataclass_fields__ if field.endswith("_steps")]
     return overrides + [f"method.{field}=3" for field in searched]
+
+
+def short_answers(config: MethodConfig) -> MethodConfig:
+    """Settings for a random model that writes without end: short answers, and a route that always gives one."""
+    given = {field.name for field in dataclasses.fields(config)}
+    if "tags" in given:
+        config = dataclasses.replace(config, tags=False, max_tokens=3, route="likelihood")
+    if "class_list" in given:
+        config = dataclasses.replace(config, samples=3, class_list="never", route="letters")
+    return config
 
 
 def backbone_words(name: str) -> list[str]:

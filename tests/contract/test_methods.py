@@ -22,6 +22,7 @@ from adaptkit.training.loop import fit_method
 from adaptkit.types import OtherDataset
 from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, closed_text, image_only, make_task, query, tiny_clip
+from tests.quick import short_answers
 
 ALL = tuple(methods)
 
@@ -55,12 +56,7 @@ def make(backbone, name, seed=0, names=NAMES):
         config = replace(config, epochs=min(config.epochs, 2))
     if hasattr(config, "examples"):  # as many as fit into the tiny model's context
         config = replace(config, examples=2)
-    if hasattr(config, "tags"):  # it learns from what it writes: short answers, and a route that always answers
-        config = replace(
-            config, tags=False, max_tokens=3, route="letters" if hasattr(config, "samples") else "likelihood"
-        )
-    if hasattr(config, "samples") and hasattr(config, "class_list"):
-        config = replace(config, samples=3, class_list="never")
+    config = short_answers(config)
     return kind(backbone, names, config=config, seed=seed, descriptions=DESCRIPTIONS)
 
 

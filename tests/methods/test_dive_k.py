@@ -46,7 +46,7 @@ def scripted(monkeypatch, answers):
     """Samples that don't come from a model: for each image in turn, these texts."""
     given = iter(answers)
     monkeypatch.setattr(
-        DiveK, "_sampled", lambda self, features, numbers, *, listed: [next(given) for _ in range(len(features))]
+        DiveK, "_sampled", lambda self, features, numbers, names: [next(given) for _ in range(len(features))]
     )
 
 
@@ -223,7 +223,7 @@ def test_classes_are_listed_where_it_is_asked_for(llava, monkeypatch):
 def test_training_texts_name_training_classes_only(llava):
     """All of them, in the list and among options; the leak scanner finds a novel name that is planted."""
     for method in (make(llava, class_list="mining"), make_virft(llava)):
-        texts = method.training_texts()
+        texts = method.set_classes(NOVEL).training_texts()  # whatever it answers at the moment
         assert set(leaked_names(texts, NAMES, ())) == set(NAMES)
         check_leaks(texts, NOVEL, NAMES)
     planted = make(llava, prompt="Is it an acorn or what {noun} is it?")
@@ -307,7 +307,7 @@ def test_samples_do_not_depend_on_other_images(llava):
     method = make(llava, samples=3)
     pixels, texts = query(llava, "images", 3), []
     sampled = method._sampled
-    method._sampled = lambda *given, **more: texts.append(sampled(*given, **more)) or texts[-1]
+    method._sampled = lambda *given: texts.append(sampled(*given)) or texts[-1]
     ask(method, pixels)
     ask(method, pixels[[2]])
     ask(method, pixels.flip(0))

@@ -11,6 +11,7 @@ from adaptkit.methods import methods
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm
 from tests.methods.tiny import DESCRIPTIONS, NAMES, NOVEL, make_task, query, tiny_clip
+from tests.quick import short_answers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -24,6 +25,7 @@ def fitted(name, device, **changes):
     config = kind.config_class()
     if hasattr(config, "examples"):  # as many as fit into the tiny model's context
         config = replace(config, examples=2)
+    config = short_answers(config)
     method = kind(backbone, NAMES, config=config, descriptions=DESCRIPTIONS)
     settings = kind.default_training
     if settings is not None:

@@ -8,6 +8,7 @@ that weren't made to think in text, answers are the name or the letter alone and
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,13 +103,13 @@ class RewardedMllm(GrpoMethod, MllmZeroShot):
     def shown(self, pixels: Tensor) -> ImageFeatures:
         return self.features(pixels)
 
-    def open_question(self, listed: bool = False) -> str:
+    def open_question(self, names: Sequence[str] = ()) -> str:
         """The question that is answered freely.
 
         Args:
-            listed: Whether it says which classes there are: the current ones.
+            names: Classes that it says there are; none for no such list.
         """
-        choice = f" It is one of these: {', '.join(self.shown_names)}." if listed else ""
+        choice = f" It is one of these: {', '.join(names)}." if names else ""
         if not self.config.tags:
             return f"{self.bare_question}{choice} {PLAIN}"
         return f"{self.bare_question}{choice} {THINK.format('its name alone')}"

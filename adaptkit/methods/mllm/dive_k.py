@@ -129,10 +129,17 @@ class DiveK(RewardedMllm):
 
     def classes_changed(self) -> None:
         super().classes_changed()
-        listed = self.config.class_list == "always" or (
-            self.config.class_list == "mining" and self.class_names == self.fitted_names
-        )
-        self.check_room(self.open_question(listed))
+        for names in (self._listed_in_mining, self._listed_in_answering):
+            self.check_room(self.open_question(names))
+
+    @property
+    def _listed_in_mining(self) -> list[str]:
+        """Classes that the open question lists before training."""
+        return [] if self.config.class_list == "never" else self.fitted_shown
+
+    @property
+    def _listed_in_answering(self) -> list[str]:
+        return self.shown_names if self.config.class_list == "always" else []
 
     # --- step 1: options ----------------------------------------------------------------------------------------------
 
@@ -166,7 +173,7 @@ class DiveK(RewardedMllm):
         """The options of some images; None for one that is too easy."""
         most, names = self.config.options, self.fitted_shown
         if self.config.mined_from == "samples":
-            texts = self._sampled(features, numbers, listed=self.config.class_list != "never")
+            texts = self._sampled(features, numbers, self._listed_in_mining)
             return [mine(*one, most) for one in zip(texts, [names] * len(texts), labels, numbers, strict=True)]
         return [
             ranked(*one, most) for one in zip(self._rankings(features, labels, numbers), labels, numbers, strict=True)
@@ -189,9 +196,11 @@ class DiveK(RewardedMllm):
             self._neighbours = (texts @ texts.T).argsort(dim=1, descending=True).tolist()
         return [self._neighbours[label] for label in labels]
 
-    def _sampled(self, features: ImageFeatures, numbers: Sequence[torch.Generator], *, listed: bool) -> list[list[str]]:
+    def _sampled(
+        self, features: ImageFeatures, numbers: Sequence[torch.Generator], names: Sequence[str]
+    ) -> list[list[str]]:
         """Sampled answers to the open question about each image, decoded."""
-        rows = self.prompt_rows(features, [[Turn(self.open_question(listed))]] * len(features))
+        rows = self.prompt_rows(features, [[Turn(self.open_question(names))]] * len(features))
         prefix = self.mllm.prefix(rows, features)
         config = self.config
         drawn = roll(self.mllm, prefix, config.samples, config.max_tokens, config.sampling, numbers, rows)
@@ -224,15 +233,14 @@ class DiveK(RewardedMllm):
         return {**self.format_reward(text), "choice": float(letter_of(text, options) == letter)}
 
     def training_texts(self) -> list[str]:
-        names, listed = self.fitted_shown, self.config.class_list != "never"
-        turns = [Turn(self.open_question(listed))]
+        names, turns = self.fitted_shown, [Turn(self.open_question(self._listed_in_mining))]
         for start in range(0, len(names), self.config.options):
             turns.append(Turn(self._choice(names[start : start + self.config.options]), 1, LETTERS[0]))
         return [self.mllm.prompter.render([turn]) for turn in turns]
 
     def finish(self, task: FitTask) -> dict[str, Any]:
         mined, facts = [one for one in self._mined if one is not None], super().finish(task)
-        listed = self.config.mined_from == "samples" and self.config.class_list != "never"
+        listed = self.config.mined_from == "samples" and self._listed_in_mining
         return {
             **facts,
             "options_from": f"{self.config.mined_from}, with the list of training classes" if listed
@@ -254,7 +262,7 @@ class DiveK(RewardedMllm):
         """Logits [images, classes]; all NaN for images none of whose samples names a class (see `unmatched`)."""
         features, matcher = self.features(pixels), Matcher(self.class_names, self.config.aliases)
         numbers = [numbers_for("samples", _digest(image)) for image in pixels]
-        texts = self._sampled(features, numbers, listed=self.config.class_list == "always")
+        texts = self._sampled(features, numbers, self._listed_in_answering)
         named = [[self._class_of(text, matcher) for text in own] for own in texts]
         counts = [Counter(index for index in own if index is not None) for own in named]
         options = [self._shortlist(count, own) for count, own in zip(counts, numbers, strict=True)]
