@@ -305,7 +305,7 @@ class GrpoMethod(TwinMethod):
         if not asked:
             return {"grpo": torch.stack([0.0 * parameter.sum() for parameter in self.trainables()]).sum()}
         seeds = torch.randint(2**62, (len(asked),)).tolist()  # one per question, whatever goes together below
-        chunks = torch.arange(len(asked)).split(self.config.micro_batch or len(asked))
+        chunks = torch.arange(len(asked), device=labels.device).split(self.config.micro_batch or len(asked))
         drawn: list[Rollouts] = []
         for chunk in chunks:
             # a batch in one piece goes through the model once: answers are drawn from the pass that is learned from

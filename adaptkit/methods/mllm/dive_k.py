@@ -64,7 +64,7 @@ class DiveKConfig(RewardedConfig):
         default="samples",
         metadata={
             "help": "Where training options come from: the model's samples, or, to compare, random classes, the names"
-            " with the nearest text features, or the classes that the untrained model finds likeliest."
+            " with the nearest text features, or the classes that the model finds likeliest."
         },
     )
     class_list: Literal["mining", "always", "never"] = field(
@@ -340,7 +340,7 @@ class DiveK(RewardedMllm):
         return facts
 
     def judged_facts(self, labels: Sequence[int]) -> dict[str, Any]:
-        """Accuracies of what the same samples give without a second step, beside it; pass@K is the upper bound."""
+        """Accuracies of what the same samples give with and without a second step; pass@K is the upper bound of all."""
         if len(self._guessed) != len(labels) or not len(labels):
             return {}  # answered by another route
         pairs = list(zip(self._guessed, map(int, labels), strict=True))
