@@ -29,10 +29,9 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import DataError, UnknownNameError
 from adaptkit.methods import methods
 from adaptkit.methods.base import progress_of
-from adaptkit.methods.lora._towers import targeted, write_peft
 from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question, refuse
 from adaptkit.methods.mllm._likelihood import normalised
-from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._matching import OPENING_TAG, tagged_answer
 from adaptkit.methods.mllm._pairs import Pairs, Sources, balanced, make_pairs, pair_facts, split_images
 from adaptkit.methods.mllm._pairwise import PairwiseConfig, PairwiseMethod
@@ -399,6 +398,4 @@ class Twin(GrpoMethod, PairwiseMethod):
 
     def write_extras(self, folder: Path) -> None:
         """Write the low-rank updates in peft's own layout too, for transformers' model of the same weights."""
-        held = {name.removeprefix("adapter."): p for name, p in self.named_parameters()}
-        state = {f"{PEFT_PREFIX}{name}": parameter.detach() for name, parameter in held.items()}
-        write_peft(folder, state, targeted(self.mllm.model), self._peft_config.to_dict())
+        write_low_rank(folder, self.mllm, self.named_parameters(), self._peft_config)
