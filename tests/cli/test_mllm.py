@@ -60,10 +60,10 @@ def test_an_adapter_on_disk_predicts(call, photos, tmp_path, backbone):
 
 
 TUNED = (
-    *("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit", "prior", "recaption"),
+    *("mllm-lora", "mllm-qlora", "mllm-soft-prompt", "mllm-bitfit", "prior", "recaption", "twin"),
     *("frozen", "magma", "fromage", "qformer"),
 )
-WITH_PEFT = ("mllm-lora", "mllm-qlora", "prior", "recaption")
+WITH_PEFT = ("mllm-lora", "mllm-qlora", "prior", "recaption", "twin")
 
 
 @pytest.mark.parametrize("method", TUNED)

@@ -134,8 +134,8 @@ def test_a_whole_round(folder):
         ({**PAIR, "question": " "}, DataError, "isn't a text"),
         ({"images": []}, DataError, "no 'question'"),
         ({**PAIR, "images": ["0.png", "9.png"]}, MissingPathError, "isn't there"),
-        ({**PAIR, "images": ["0.png", "../1.png"]}, StorageError, ""),
-        ({**PAIR, "images": ["0.png", "/etc/passwd"]}, StorageError, ""),
+        ({**PAIR, "images": ["0.png", "../1.png"]}, StorageError, "leaves its folder"),
+        ({**PAIR, "images": ["0.png", "/etc/passwd"]}, StorageError, "is absolute"),
     ],
 )
 def test_bad_lines(folder, line, kind, message):

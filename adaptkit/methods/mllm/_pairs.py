@@ -241,10 +241,11 @@ def _near(labels: Sequence[int], places: Sequence[int], features: Tensor | None)
     own = torch.tensor([labels[place] for place in places])
     similar = (unit @ unit.T).masked_fill(own[:, None] == own, -torch.inf)
     order = similar.argsort(dim=1, descending=True, stable=True)
+    others = (own[:, None] != own).sum(dim=1).tolist()
     for rank in range(len(places)):
-        for row, place in enumerate(places):
-            if similar[row, order[row, rank]] > -torch.inf:
-                yield place, places[int(order[row, rank])]
+        for place, partner, count in zip(places, order[:, rank].tolist(), others, strict=True):
+            if rank < count:  # behind them come those of its own class
+                yield place, places[partner]
 
 
 def _confused(

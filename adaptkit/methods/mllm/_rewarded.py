@@ -18,9 +18,8 @@ from torch import Tensor
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.methods.lora._towers import targeted, write_peft
 from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, refuse
-from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._matching import answer_of
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.types import FitTask, TrainingSettings
@@ -151,6 +150,4 @@ class RewardedMllm(GrpoMethod, MllmZeroShot):
 
     def write_extras(self, folder: Path) -> None:
         """Write the updates in peft's own layout too, for transformers' model of the same weights."""
-        held = {name.removeprefix("adapter."): p for name, p in self.named_parameters() if "lora_" in name}
-        state = {f"{PEFT_PREFIX}{name}": parameter.detach() for name, parameter in held.items()}
-        write_peft(folder, state, targeted(self.mllm.model), self._peft_config.to_dict())
+        write_low_rank(folder, self.mllm, self.named_parameters(), self._peft_config)

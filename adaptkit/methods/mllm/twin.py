@@ -29,10 +29,9 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import DataError, UnknownNameError
 from adaptkit.methods import methods
 from adaptkit.methods.base import progress_of
-from adaptkit.methods.lora._towers import targeted, write_peft
 from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question, refuse
 from adaptkit.methods.mllm._likelihood import normalised
-from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._matching import OPENING_TAG, tagged_answer
 from adaptkit.methods.mllm._pairs import Pairs, Sources, balanced, make_pairs, pair_facts, split_images
 from adaptkit.methods.mllm._pairwise import PairwiseConfig, PairwiseMethod
@@ -240,7 +239,8 @@ class Twin(GrpoMethod, PairwiseMethod):
                 f" ratio {self.config.ratio:g}: choose a ratio nearer to 1, or give more shots."
             )
         self._measured = self._choose_measured(self._numbered, held, numbers)
-        self._before = self._measure(self._measured, "before", loop)
+        self._show = progress_of(loop)
+        self._before = self._measure(self._measured, "before")
 
     def _sources(self, images: NumberedInputs, loop: TrainingLoop | None) -> Sources:
         """What hard negatives are found by."""
@@ -273,14 +273,14 @@ class Twin(GrpoMethod, PairwiseMethod):
         return _Measured(images, self._pairs, "training pairs")
 
     @torch.no_grad()
-    def _measure(self, measured: _Measured, when: str, loop: TrainingLoop | None) -> dict[str, float]:
+    def _measure(self, measured: _Measured, when: str) -> dict[str, float]:
         """`pair_facts` of the pairs for measuring."""
-        show, found = progress_of(loop), list[Tensor]()
+        found = list[Tensor]()
         for group in measured.pairs.places.split(self.at_once(2)):
             orders = (group, group.flip(1))
             margins = [self.margins(measured.images.features(order.flatten())) for order in orders]
             found.append(torch.stack(margins, dim=1))
-            show(f"{self.name}: pairs {when} training", sum(map(len, found)), len(measured.pairs))
+            self._show(f"{self.name}: pairs {when} training", sum(map(len, found)), len(measured.pairs))
         return pair_facts(torch.cat(found), measured.pairs.same)
 
     def training_inputs(self, numbered: NumberedInputs) -> Inputs:
@@ -299,7 +299,7 @@ class Twin(GrpoMethod, PairwiseMethod):
         }
         if self._measured is not None:
             facts |= {"measured_on": self._measured.on, "measured_pairs": len(self._measured.pairs)}
-            facts |= {"before": self._before, "after": self._measure(self._measured, "after", None)}
+            facts |= {"before": self._before, "after": self._measure(self._measured, "after")}
         return facts
 
     # --- losses -------------------------------------------------------------------------------------------------------
@@ -398,6 +398,4 @@ class Twin(GrpoMethod, PairwiseMethod):
 
     def write_extras(self, folder: Path) -> None:
         """Write the low-rank updates in peft's own layout too, for transformers' model of the same weights."""
-        held = {name.removeprefix("adapter."): p for name, p in self.named_parameters()}
-        state = {f"{PEFT_PREFIX}{name}": parameter.detach() for name, parameter in held.items()}
-        write_peft(folder, state, targeted(self.mllm.model), self._peft_config.to_dict())
+        write_low_rank(folder, self.mllm, self.named_parameters(), self._peft_config)

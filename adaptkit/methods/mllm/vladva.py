@@ -30,8 +30,7 @@ from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, render_prompts
 from adaptkit.methods.folding import Fold
-from adaptkit.methods.lora._towers import targeted, write_peft
-from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
+from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._reducing import ReducingConfig, token_facts
 from adaptkit.methods.mllm._soft import between, question_span, with_soft
 from adaptkit.methods.mllm._tuning import CHECKPOINTING, IGNORED, TwinMethod, answer_labels, summed
@@ -341,9 +340,7 @@ class Vladva(TwinMethod, ClassWeightMethod):
     def write_extras(self, folder: Path) -> None:
         """Write the low-rank updates in peft's own layout too; the soft prompts are only in the adapter itself."""
         if self._peft_config is not None:
-            held = {name.removeprefix("adapter."): p for name, p in self.named_parameters() if "lora_" in name}
-            state = {f"{PEFT_PREFIX}{name}": parameter.detach() for name, parameter in held.items()}
-            write_peft(folder, state, targeted(self.mllm.model), self._peft_config.to_dict())
+            write_low_rank(folder, self.mllm, self.named_parameters(), self._peft_config)
 
     def as_backbone(self) -> SummaryBackbone:
         """A frozen backbone that encodes with what was learned, for every method on features."""
