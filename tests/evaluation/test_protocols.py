@@ -188,7 +188,7 @@ def test_templates_reach_the_text_tower(backbone, store):
 def test_every_method_gives_the_same_answers_twice(backbone, store, method):
     data = DIGITS
     if methods.get(method).needs_mllm:  # slow on many images
-        backbone, few = tiny_mllm.load("llava"), np.arange(0, len(DIGITS.test), 12)
+        backbone, few = tiny_mllm.load(tiny_mllm.kind_for(method)), np.arange(0, len(DIGITS.test), 12)
         data = dataclasses.replace(DIGITS, test=DIGITS.test.subset(few))
     task = make_task(data, "base-to-novel", 2, 0)
     first, second = (
