@@ -303,6 +303,11 @@ class TwinMethod(GradientMethod):
             nn.utils.clip_grad_norm_(self.trainables(), self.config.clip * unit)
 
     def spread(self, device: str) -> None:
+        if getattr(self.config, "micro_batch", 0):
+            raise ConfigError(
+                "micro_batch can't be set where layers are spread over processes, which would wait for each other:"
+                " leave it at 0, and choose checkpointing or a smaller training.batch_size."
+            )
         frozen = cast(MLLM, self.backbone)
         spread_layers(self.mllm, frozen, self.trainables(), device)
 
