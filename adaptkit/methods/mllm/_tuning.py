@@ -249,8 +249,8 @@ class TwinMethod(GradientMethod):
         if next(held.parameters(), None) is not None:
             self.add_module("adapter", held)
         self._numbered: NumberedInputs | None = None
-        self._recomputes = bool(getattr(self.config, "checkpointing", False))
-        if self._recomputes:
+        self._reached = not getattr(self.config, "checkpointing", False)  # without it nothing can go wrong there
+        if not self._reached:
             recompute(twin.layers)
         super().build()
 
@@ -289,10 +289,6 @@ class TwinMethod(GradientMethod):
 
     def look(self, loop: TrainingLoop | None) -> None:
         """Look at the training images (`_numbered`) before the first step."""
-
-    def prepare(self, task: FitTask) -> None:
-        super().prepare(task)
-        self._reached = not self._recomputes  # without it nothing can go wrong there
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> None:
         if not self._reached:
