@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "serving",
         "studio",
     },
-    "__main__": {"commands"},
+    "__main__": {"commands"},  # python -m adaptkit
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)
 HEAVY = (

@@ -64,7 +64,7 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0], _VERBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(_VERBS)}."
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
-        if args and args[0] in _ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if args and args[0] in _ALONE and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
             raise click.UsageError(
                 f"Several processes can share a run, not {args[0]!r}: start it without torchrun.", ctx
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from adaptkit.errors import UnsupportedError
+from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
 from adaptkit.methods.mllm.mllm_lora import MllmLora, MllmLoraConfig
 from tests.backbones import tiny_mllm as tiny
@@ -48,6 +48,12 @@ def test_frozen_layers_are_spread_and_nothing_else_changes(one_process, kind, ch
         torch.testing.assert_close(spread(pixels), plain(pixels))
     assert [(name, id(p)) for name, p in backbone.named_parameters()] == before
     assert not any(isinstance(p, DTensor) for p in backbone.parameters())
+
+
+def test_micro_batches_of_different_number_are_refused():
+    method = MllmLora(tiny.load("llava"), NAMES, config=MllmLoraConfig(micro_batch=2))
+    with pytest.raises(ConfigError, match="micro_batch can't be set where layers are spread"):
+        method.spread("cpu")
 
 
 def test_methods_without_layers_refuse():

@@ -38,15 +38,15 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-@lru_cache(maxsize=2)
-def backbone_for(kind):
-    return tiny_mllm.load(kind) if kind else tiny_clip(layers=12)
+@lru_cache(maxsize=4)
+def backbone_for(kind, layers=12):
+    return tiny_mllm.load(kind) if kind else tiny_clip(layers=layers)
 
 
 def fit(name, folder=None, kill_at=None, config=None, identity="a", **changes):
     """A method after 3 epochs of 3 steps, and the report; on request ended before step `kill_at` + 1."""
     kind = methods.get(name)
-    backbone = backbone_for(tiny_mllm.kind_for(name) if kind.needs_mllm else "")
+    backbone = backbone_for(tiny_mllm.kind_for(name) if kind.needs_mllm else "", 12 if config is None else 3)
     config = short_answers(config or kind.config_class())
     method = kind(backbone, NAMES, seed=3, descriptions=DESCRIPTIONS, config=config)
     settings = replace(kind.default_training, epochs=3, batch_size=3, keep_last=True, steps_per_shot=0, **changes)
@@ -95,7 +95,7 @@ def test_every_method_goes_on_as_if_nothing_had_happened(name, tmp_path):
 
 @pytest.mark.parametrize("averaging", ["prompts", "reference"])
 def test_averages_over_epochs_go_on(averaging, tmp_path):
-    config = PromptSRCConfig(averaging=averaging)
+    config = PromptSRCConfig(averaging=averaging, text_depth=2, image_depth=2)
     whole, _ = fit("promptsrc", config=config)
     fit("promptsrc", tmp_path / "kept", kill_at=7, config=config)
     same(whole, fit("promptsrc", tmp_path / "kept", config=config)[0])

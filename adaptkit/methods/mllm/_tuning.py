@@ -282,8 +282,8 @@ class TwinMethod(GradientMethod):
         if next(held.parameters(), None) is not None:
             self.add_module("adapter", held)
         self._numbered: NumberedInputs | None = None
-        self._recomputes = bool(getattr(self.config, "checkpointing", False))
-        if self._recomputes:
+        self._reached = not getattr(self.config, "checkpointing", False)  # without it nothing can go wrong there
+        if not self._reached:
             recompute(twin.layers)
         super().build()
 
@@ -328,10 +328,6 @@ class TwinMethod(GradientMethod):
         """What the loop draws its batches from; here the training images, by number."""
         return numbered
 
-    def prepare(self, task: FitTask) -> None:
-        super().prepare(task)
-        self._reached = not self._recomputes  # without it nothing can go wrong there
-
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> None:
         if not self._reached:
             require_gradients(self.name, self.trainables())
@@ -341,6 +337,11 @@ class TwinMethod(GradientMethod):
             nn.utils.clip_grad_norm_(self.trainables(), self.config.clip * unit)
 
     def spread(self, device: str) -> None:
+        if getattr(self.config, "micro_batch", 0):
+            raise ConfigError(
+                "micro_batch can't be set where layers are spread over processes, which would wait for each other:"
+                " leave it at 0, and choose checkpointing or a smaller training.batch_size."
+            )
         frozen = cast(MLLM, self.backbone)
         spread_layers(self.mllm, frozen, self.trainables(), device)
 
