@@ -67,7 +67,12 @@ def push(folder: str | Path, repo: str, *, private: bool = False, licence: str |
         with _hub_errors(repo):
             api = HfApi(library_name="adaptkit", library_version=__version__)
             api.create_repo(repo, private=private, exist_ok=True)
-            info = api.upload_folder(repo_id=repo, folder_path=building, commit_message=f"adaptkit {__version__}")
+            info = api.upload_folder(
+                repo_id=repo,
+                folder_path=building,
+                commit_message=f"adaptkit {__version__}",
+                delete_patterns=[f"*/{name}" for name in _SENT],  # peft's layout of an adapter that was there before
+            )
         return Pushed(f"{api.endpoint}/{repo}", info.oid, f"{PREFIX}{repo}@{info.oid}")
 
 

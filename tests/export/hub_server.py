@@ -33,9 +33,9 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        commits = self.commits.get(repo, [])
+        commits = self.commits[repo]
         if revision == "main":
-            return commits[-1] if commits else None
+            return commits[-1] if commits else ("0" * 40, {})  # a new repository has a first, empty commit
         return next((commit for commit in commits if commit[0] == revision), None)
 
 
@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.server.large[value["oid"]]
         oid = hashlib.sha1(repr((len(commits), sorted(files.items()))).encode()).hexdigest()

@@ -186,6 +186,8 @@ def test_nothing_else_of_this_machine_is_sent(server, folders, tmp_path):
         assert b"/home" not in files["README.md"]
         told += 1
     assert told == 5
+    push(folders["cache"], REPO)  # nothing of the adapter before is left beside it
+    assert set(server.commits[REPO][-1][1]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_refusals(server, folders, tmp_path, monkeypatch):

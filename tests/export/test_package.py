@@ -40,10 +40,8 @@ def classifier():
     names = {label: data.class_names[place] for label, place in ((10, 0), (20, 7), (30, 20))}
     made = FewShotClassifier("tip-adapter", class_names=names, training={"views": 0})
     made.fit(data.images["train"][rows], labels)
-    held_out = [np.flatnonzero(data.labels["test"] == label)[:20] for label in (0, 7, 20)]
-    truth = np.repeat([10, 20, 30], 20)
-    truth[:3] = 30  # wrong labels, so that sets must be wide
-    return made.calibrate(data.images["test"][np.concatenate(held_out)], truth)
+    made.calibration_ = Calibration(4.0, tuple(np.linspace(0.02, 0.98, 60).tolist()))  # sets of one, two and three
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def exported(classifier, tmp_path_factory):
         "onnx",
         labels=classifier.classes_.tolist(),
         calibration=classifier.calibration_,
-        coverage=0.98,
+        coverage=0.9,
         abstain_below=0.6,
         int8=True,
     )
@@ -98,7 +96,8 @@ def test_the_folder(exported):
     assert small["top1_agreement"] > 0.8
     assert full["same_sets"] == 1
     assert report["sets"]["held_out"] == 60
-    assert "hold out more" in report["sets"]["warning"] or report["sets"]["warning"] == ""
+    assert "With 60 held-out images the promise of 0.9" in report["sets"]["warning"]
+    assert small["same_sets"] > 0.5
 
 
 def test_the_readme_runs_without_torch_and_adaptkit(exported, classifier, probes, run_alone):
@@ -114,9 +113,9 @@ def test_the_readme_runs_without_torch_and_adaptkit(exported, classifier, probes
     np.testing.assert_allclose([float(odd) for _, odd in given], odds.max(axis=1), atol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
-        sets = classifier.predict_sets(paths, coverage=0.98)
+        sets = classifier.predict_sets(paths, coverage=0.9)
     assert [json.loads(line[line.index(" [") :]) for line in printed[32:]] == [sorted(one) for one in sets]
-    assert {len(one) for one in sets} > {1}
+    assert {len(one) for one in sets} == {1, 2, 3}
 
 
 def test_the_refusal_works(run_alone, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import os
 import signal
 import socket
 import time
@@ -12,9 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import uvicorn
 
 from adaptkit.errors import ConfigError
-from adaptkit.serving.server import bind, is_local, url
+from adaptkit.serving.app import create_app
+from adaptkit.serving.limits import Limits
+from adaptkit.serving.server import bind, is_local, serve, url
 from benchmarks.serving.processes import served
 from tests.serving.made import encoded, files, picture
 
@@ -153,6 +157,21 @@ def test_heads_that_never_end_and_names_of_others(folders):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (0, "")
+
+
+def test_a_signal_that_comes_before_it_listens_is_heard(shelf, monkeypatch):
+    said, before, run = [], signal.getsignal(signal.SIGTERM), uvicorn.Server.run
+
+    def late(server, sockets=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run(server, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", late)
+    bound = bind("127.0.0.1", 0)
+    serve(create_app(shelf), bound, Limits(), lambda: said.append("ready"))
+    assert said == ["ready"]
+    assert bound.fileno() == -1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_binding():
