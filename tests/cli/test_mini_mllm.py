@@ -19,6 +19,7 @@ def test_it_is_listed(call):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on a core of its own
 def test_lora_pays_out_of_the_box(call, tmp_path):
     base = {}
     for method in ("mllm-zero-shot", "mllm-lora"):

@@ -221,6 +221,7 @@ def adaptkit(out, *words, processes=1, **variables):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true"}], ids=["DDP", "FSDP"])
 @pytest.mark.parametrize(
     "words",
