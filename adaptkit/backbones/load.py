@@ -18,6 +18,7 @@ is never taken for a folder.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -311,7 +312,8 @@ def _load_transformers(name: BackboneName, half: bool, quantised: bool) -> Backb
 
         identifier = str(model_folder())
     weights: Weights = "bf16" if half else "own" if quantised else "fp32"
-    with _without_bars() if name.scheme == "mini-mllm" else nullcontext():  # it is loaded in a blink
+    unseen = name.scheme == "mini-mllm" or not sys.stderr.isatty()  # it is loaded in a blink, or nobody looks
+    with _without_bars() if unseen else nullcontext():
         return load_transformers(f"{name}@bf16" if half else str(name), identifier, weights)
 
 

@@ -14,8 +14,12 @@ from adaptkit.methods.adapter import AdaptedModel, load_adapter, save_adapter
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm as tiny
 from tests.methods.tiny import DESCRIPTIONS, NAMES, make_task, query
+from tests.quick import short_answers
 
-ASKING = tuple(name for name in methods if methods.get(name).needs_mllm)
+OWN_VECTORS = ("frozen", "fromage", "qformer")
+"""They read a bridge of their own, and refuse."""
+
+ASKING = tuple(name for name in methods if methods.get(name).needs_mllm and name not in OWN_VECTORS)
 TRAINED = tuple(name for name in ASKING if methods.get(name).default_training is not None)
 HALF = {"token_reduction": "vscan", "token_keep": 0.5}
 
@@ -28,7 +32,7 @@ def llava():
 def make(backbone, name, **settings):
     kind = methods.get(name)
     few = {"examples": 2} if name == "mllm-icl" else {}
-    config = replace(kind.config_class(), **few, **settings)
+    config = replace(short_answers(kind.config_class()), **few, **settings)
     return kind(backbone, NAMES, config=config, descriptions=DESCRIPTIONS)
 
 
@@ -114,6 +118,12 @@ def test_every_route(llava, settings):
     method = make(llava, "mllm-zero-shot", **settings, **HALF)
     fitted(method)
     assert torch.isfinite(ask(method, query(llava, "images", 2))).all()
+
+
+@pytest.mark.parametrize("name", OWN_VECTORS)
+def test_methods_with_a_bridge_of_their_own_refuse(name):
+    with pytest.raises(UnsupportedError, match=r"can't be left\s*out|can be left out"):
+        make(tiny.load(tiny.kind_for(name)), name, **HALF)
 
 
 def test_families_that_cannot_are_refused_before_any_work():

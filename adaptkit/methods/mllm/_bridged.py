@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError
+from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods.base import progress_of, render_prompts
 from adaptkit.methods.mllm._prompt_teacher import PromptTeacher, train_teacher
 from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig
@@ -80,8 +80,18 @@ class BridgedMllm(TunedMllm):
     def training_features(self, inputs: Tensor) -> ImageFeatures:
         return self.bridged(self.training_states(inputs))
 
+    @property
+    def has_bridge(self) -> bool:
+        """Whether images go through a bridge of the method's; else through the model's own."""
+        return True
+
     def build(self) -> None:
         super().build()
+        if self.config.thinning.active and self.has_bridge:
+            raise UnsupportedError(
+                f"{self.name} reads vectors of its own in the place of an image's tokens, so none of those can be left"
+                " out: choose token_reduction=none."
+            )
         self._caption_ids: dict[str, list[int]] = {}
         self._teacher: tuple[PromptTeacher, ...] = ()  # a tuple, so that it isn't a part of what is learned
         self._teacher_facts: dict[str, Any] = {}

@@ -106,10 +106,14 @@ class PrefixedMllm(BridgedMllm):
         made = self.make_prefix(states, twin.model.get_input_embeddings().weight.shape[1])
         self.prefix_map = None if made is None else made.to(twin.device).eval()
 
+    @property
+    def has_bridge(self) -> bool:
+        return self.prefix_map is not None
+
     def shown(self, pixels: Tensor) -> ImageFeatures:
         """The frozen part of an image: its pooled or gridded states, or what the model's own bridge makes of it."""
         if self.prefix_map is None:
-            return self.mllm.image_features(pixels.to(self.backbone.device), self.question)
+            return self.seen(pixels, self.question)
         states = self.chosen(vision_states(self.mllm, pixels.to(self.backbone.device)))
         return ImageFeatures(tuple(states.unbind()))
 

@@ -145,7 +145,7 @@ class RewardedMllm(GrpoMethod, MllmZeroShot):
             **super().finish(task),
             "route": self.config.route,
             "prompt": self.open_question(),
-            "tokens_per_image": self.placeholders,
+            **self.token_facts,
         }
 
     def write_extras(self, folder: Path) -> None:

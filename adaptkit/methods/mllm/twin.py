@@ -294,7 +294,7 @@ class Twin(GrpoMethod, PairwiseMethod):
             **super().finish(task),
             "mode": self.config.mode,
             "prompt": self.pair_question,
-            "tokens_per_image": self.placeholders,
+            **self.token_facts,
             "pairs": self._pairs.counts(),
         }
         if self._measured is not None:
