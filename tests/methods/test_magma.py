@@ -176,6 +176,14 @@ def test_only_what_is_meant_gets_gradients(kind, prefix):
     assert not any(name.endswith("_adapter") for name, _ in backbone.model.named_modules())
 
 
+def test_the_vision_encoder_learns_at_the_papers_rate(llava):
+    method = make(llava, prefix="pooled", phi="lora", phi_r=2)
+    others, vision = method.parameter_groups()
+    assert (others.lr, vision.lr) == (None, 2e-6)
+    assert method.default_training.lr == 8e-4
+    assert len(others.parameters) + len(vision.parameters) == len(list(method.parameters()))
+
+
 def test_dropout_is_for_training_alone(llava):
     method = make(llava, prefix="pooled")
     pixels = query(llava, "images", 2)

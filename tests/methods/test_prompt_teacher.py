@@ -172,6 +172,41 @@ def test_the_term_is_the_distance_to_the_captions_prompts(llava):
     assert method.prefix_map.linear.weight.grad.any()
 
 
+def taught(method):
+    """The method with a teacher, and what that was asked about."""
+    rows = [row[:-1] for row in method.caption_rows(method.training_captions())]
+    teacher, asked = PromptTeacher(method.mllm, method.placeholders, max(map(len, rows)), seed=0), []
+    teacher.register_forward_pre_hook(lambda module, given: asked.append(given[0]))
+    method._teacher = (teacher,)
+    return method, asked
+
+
+@pytest.mark.parametrize("case", ["frozen", "fromage", "qformer", "qformer-stages"])
+def test_the_teacher_reads_the_captions_that_are_learned(case):
+    method, asked = taught(make(case, **TAUGHT))
+    pixels, drawn, draw = query(method.backbone, "images", 4), [], method.drawn_captions
+    method.drawn_captions = lambda labels: drawn.append(draw(labels)) or drawn[-1]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        method.losses(pixels, torch.tensor([2, 0, 3, 2]))
+    assert len(drawn) == len(asked) == 3
+    for captions, rows in zip(drawn, asked, strict=True):
+        assert rows == [row[:-1] for row in method.caption_rows(captions)]
+    assert drawn[0] != drawn[1] or drawn[1] != drawn[2]
+
+
+def test_stage_1_is_pulled_a_tenth_as_much():
+    """The sheet has weights of 10 and 100."""
+    method, _ = taught(make("qformer-stages", align_to="p-former"))
+    pixels, labels, terms = query(method.backbone, "images", 2), torch.tensor([0, 3]), []
+    for stage in "12":
+        method._stage = stage
+        torch.manual_seed(0)
+        terms.append(method.losses(pixels, labels)["align"].detach())
+        assert method.align_weight == {"1": 10.0, "2": 100.0}[stage]
+    torch.testing.assert_close(10 * terms[0], terms[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"), [({"align": -1.0}, "align is -1.0"), ({"teacher_steps": 0}, "teacher_steps 0")]
 )

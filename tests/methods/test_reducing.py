@@ -22,6 +22,7 @@ OWN_VECTORS = ("frozen", "fromage", "qformer")
 ASKING = tuple(name for name in methods if methods.get(name).needs_mllm and name not in OWN_VECTORS)
 TRAINED = tuple(name for name in ASKING if methods.get(name).default_training is not None)
 HALF = {"token_reduction": "vscan", "token_keep": 0.5}
+ALLOWED: dict[bool, dict] = {True: {"allow_training": True}, False: {}}
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,13 @@ def test_how_many_methods_have_it():
         assert settings.token_reduction == "none"
         later = {"token_reduction", "token_keep", "token_window", "allow_training"}
         assert not later & set(_key_values(settings))  # runs that were made before keep their keys
+        assert hasattr(settings, "allow_training") == (name in TRAINED)
 
 
 @pytest.mark.parametrize("name", ASKING)
 def test_every_method_answers_with_fewer_tokens(llava, name):
     pixels = query(llava, "images", 3)
-    plain, few = make(llava, name), make(llava, name, allow_training=True, **HALF)
+    plain, few = make(llava, name), make(llava, name, **HALF, **ALLOWED[name in TRAINED])
     facts, report = fitted(plain), fitted(few)
     assert facts["tokens_per_image"] == 4
     assert "tokens_per_image_before" not in facts

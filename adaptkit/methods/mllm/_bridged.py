@@ -43,7 +43,7 @@ class BridgedConfig(TunedMllmConfig):
         default="none",
         metadata={"help": "p-former: pull an image's vectors towards what a text-only teacher makes of its caption."},
     )
-    align: float = field(default=100.0, metadata={"help": "p-former: weight of the mean squared difference."})
+    align: float = field(default=100.0, metadata={"help": "p-former: weight of the mean squared difference; qformer takes a tenth of it in stage 1."})
     teacher_steps: int = field(default=200, metadata={"help": "p-former: steps that the teacher is trained for."})
 
     def __post_init__(self) -> None:
@@ -95,6 +95,7 @@ class BridgedMllm(TunedMllm):
         self._caption_ids: dict[str, list[int]] = {}
         self._teacher: tuple[PromptTeacher, ...] = ()  # a tuple, so that it isn't a part of what is learned
         self._teacher_facts: dict[str, Any] = {}
+        self._drawn: list[str] | None = None  # captions of the batch under way
         for text in self.training_captions():
             self.mllm.prompter.check_text(text, "caption")
 
@@ -124,6 +125,11 @@ class BridgedMllm(TunedMllm):
         self._teacher_facts = train_teacher(teacher, rows, said, steps, numbers, progress_of(loop))
         self._teacher = (teacher,)
 
+    @property
+    def align_weight(self) -> float:
+        """Weight of the teacher's term."""
+        return float(self.config.align)
+
     def losses(self, inputs: Tensor, labels: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().losses(inputs, labels, frozen)
         return terms | self.aligned(inputs, labels, terms)
@@ -134,8 +140,10 @@ class BridgedMllm(TunedMllm):
             return {}
         vectors = torch.stack(self.training_features(inputs).tokens).float()
         with torch.no_grad():
-            prompts, _ = self._teacher[0]([row[:-1] for row in self.caption_rows(self.drawn_captions(labels))])
-        term = self.config.align * F.mse_loss(vectors, prompts)
+            captions = self._drawn if self._drawn is not None else self.drawn_captions(labels)
+            prompts, _ = self._teacher[0]([row[:-1] for row in self.caption_rows(captions)])
+        self._drawn = None
+        term = self.align_weight * F.mse_loss(vectors, prompts)
         others = float(torch.stack([value.detach() for value in terms.values()]).sum())
         self._teacher_facts["share_of_other_losses"] = float(term.detach()) / max(others, 1e-12)
         return {"align": term}
@@ -163,9 +171,13 @@ class BridgedMllm(TunedMllm):
         return list(dict.fromkeys(text for name in self.fitted_names for text in self.captions_of(name)))
 
     def drawn_captions(self, labels: Tensor) -> list[str]:
-        """A caption for each image; the loop has seeded torch's own generator, from which they are drawn."""
+        """A caption for each image; the loop has seeded torch's own generator, from which they are drawn.
+
+        The teacher reads those that were drawn last, so it is asked about what the model learns to say.
+        """
         pools = [self.captions_of(self.fitted_names[label]) for label in labels.tolist()]
-        return [pool[int(torch.randint(len(pool), ()))] if len(pool) > 1 else pool[0] for pool in pools]
+        self._drawn = [pool[int(torch.randint(len(pool), ()))] if len(pool) > 1 else pool[0] for pool in pools]
+        return self._drawn
 
     def _questions(self, inputs: Tensor, labels: Tensor) -> tuple[list[str], list[list[int]]]:
         if self.config.variant != "sft" or self.config.answers == "names":

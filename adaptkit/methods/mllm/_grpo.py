@@ -24,6 +24,7 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
 from adaptkit.errors import ConfigError
 from adaptkit.methods.base import MethodConfig
+from adaptkit.methods.mllm._reducing import TrainedReducingConfig
 from adaptkit.methods.mllm._tuning import TwinMethod, summed
 from adaptkit.types import FitTask
 
@@ -34,7 +35,7 @@ _MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
-class GrpoConfig(MethodConfig):
+class GrpoConfig(TrainedReducingConfig):
     """Settings of learning by rewards."""
 
     rollouts: int = field(default=4, metadata={"help": "Answers drawn per question; they are compared."})

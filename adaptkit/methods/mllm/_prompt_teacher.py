@@ -5,7 +5,8 @@ the prompt of the image's caption. At inference it is gone: it is never a part o
 
 Source: P-Former arXiv 2307.07063; mllm sheet `p-former.md` (three losses of stage 0, masking of 25 %, weights).
 Differs from the paper: a small encoder of our own, from scratch on the language model's token embeddings, in the place
-of BERT-base; prompts stand where the model's chat template has an image; a cosine without warm-up.
+of BERT-base, so its rates are ten times the paper's (1e-3 to 1e-4), for steps of at most 32 sentences; prompts stand
+where the model's chat template has an image; a cosine without warm-up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MASKED = 0.25
 """Share of a sentence's tokens that are hidden from the teacher in each step."""
 
 WIDTH, LAYERS, CONTRAST = 128, 2, 256
-BATCH, RATE = 32, 1e-3
+BATCH, RATE, DECAY = 32, 1e-3, 0.05
 
 _DISTANCES = 2**24
 """How many distances to vocabulary embeddings are computed together."""
@@ -116,7 +117,7 @@ def train_teacher(
     """
     table = teacher._mllm[0].model.get_input_embeddings().weight
     parameters = list(teacher.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=RATE)
+    optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, RATE / 10)
     totals: list[float] = []
     with torch.enable_grad():

@@ -33,10 +33,6 @@ class ReducingConfig(MethodConfig):
         default=0,
         metadata={"help": "vscan: side of a window in tokens; 0: 6 (LLaVA) or 4 (other families).", "later": True},
     )
-    allow_training: bool = field(
-        default=False,
-        metadata={"help": "Train with image tokens left out too; that is another method.", "later": True},
-    )
 
     def __post_init__(self) -> None:
         _ = self.thinning
@@ -51,13 +47,23 @@ class ReducingConfig(MethodConfig):
         return Reduction(self.token_reduction, self.token_keep, self.token_window)
 
 
+@dataclass(frozen=True)
+class TrainedReducingConfig(ReducingConfig):
+    """The same of methods that are trained."""
+
+    allow_training: bool = field(
+        default=False,
+        metadata={"help": "Train with image tokens left out too; that is another method.", "later": True},
+    )
+
+
 def token_facts(features: ImageFeatures) -> dict[str, Any]:
     """How many tokens an image has in the prompt, and had before any were left out, for the result."""
     facts: dict[str, Any] = {"tokens_per_image": features.counts[0]}
     return facts | ({"tokens_per_image_before": features.whole[0]} if features.whole else {})
 
 
-def check_training(name: str, config: ReducingConfig) -> None:
+def check_training(name: str, config: TrainedReducingConfig) -> None:
     """Refuse to train with tokens left out where that wasn't asked for.
 
     Raises:

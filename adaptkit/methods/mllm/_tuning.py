@@ -33,7 +33,7 @@ from adaptkit.methods.mllm._asking import AskingMethod
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import Normalisation, normalised
 from adaptkit.methods.mllm._recomputing import recompute, require_gradients
-from adaptkit.methods.mllm._reducing import check_training
+from adaptkit.methods.mllm._reducing import TrainedReducingConfig, check_training
 from adaptkit.methods.mllm._sharding import spread_layers
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.types import FitTask, Inputs, Reads, TrainingLoop, TrainingSettings
@@ -52,7 +52,7 @@ CHECKPOINTING = {
 
 
 @dataclass(frozen=True)
-class TunedMllmConfig(MllmZeroShotConfig):
+class TunedMllmConfig(MllmZeroShotConfig, TrainedReducingConfig):
     """Settings that tuned MLLMs share."""
 
     normalisation: Normalisation = field(

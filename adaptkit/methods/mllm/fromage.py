@@ -8,7 +8,8 @@ Source: FROMAGe arXiv 2301.13823; mllm sheet `fromage.md` (tensors, both modes a
 probability 0.5, the [RET] row rescaled after each step).
 Differs from the paper: [RET] is a parameter of its own, tied to its output logit, so no row of the model's table is
 trained; modes stand in the model's chat template with an empty question; images of one class in a batch aren't each
-other's negatives; the row is rescaled before the next step instead of behind the last one; no step decay.
+other's negatives; the row is rescaled before the next step instead of behind the last one; no warm-up and no step
+decay; captions aren't cut; an image's vector is the mean of the encoder's states by default (`pool`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Source: MAGMA arXiv 2112.05253; mllm sheet `magma.md` (three kinds and two places of adapters, their initialisation, a
 prefix with dropout 0.1 and LayerNorm, the image encoder at a much smaller rate).
 Differs from the paper: an existing model and its bridge by default (the sheet's second starting point), asked its usual
-question; shots in the place of captioned images; no warm-up.
+question; its image encoder stays frozen by default (`phi`); shots in the place of captioned images; no warm-up; the
+rates fall by a cosine to 0; decay of adam's averages as in the other bridges, since the sheet has none.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class MagmaConfig(PrefixConfig):
             " pooled vision vector (pooled), or one of each of its vision states (grid)."
         },
     )
+    phi_lr: float = field(default=2e-6, metadata={"help": "Learning rate of the vision encoder where it is trained."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

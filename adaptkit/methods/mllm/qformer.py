@@ -6,7 +6,8 @@ stage 2 lets the frozen language model caption what the queries say.
 Source: BLIP-2 arXiv 2301.12597; mllm sheet `blip2-qformer.md` (tuning levels, losses, hyper-parameters).
 Differs from the paper: texts of stage 1 are the language model's tokens by its frozen embeddings, with the queries'
 layers where the checkpoint has no text layers; pairs of one class share targets and aren't negatives; shots in the
-place of captioned images; a cosine without warm-up.
+place of captioned images; a cosine without warm-up. Region features in the cross-attention and other encoders in the
+Q-Former's place aren't offered.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from adaptkit.types import FitTask, TrainingSettings
 
 LONGEST = 32
 """Most tokens of a text in stage 1; what is longer is cut off."""
+
+FIRST_ALIGN = 0.1
+"""How much the teacher's term weighs in stage 1 beside stage 2: the P-Former sheet has 10 and 100."""
 
 _QUERYING = r"qformer\..*\.(attention|crossattention)\.attention\.(query|key|value)"
 
@@ -248,6 +252,10 @@ class QFormer(BridgedMllm):
         images = torch.stack(self.training_states(inputs).tokens)
         terms = self.first_stage(images, self.drawn_captions(labels), labels)
         return terms | self.aligned(inputs, labels, terms)
+
+    @property
+    def align_weight(self) -> float:
+        return super().align_weight * (FIRST_ALIGN if self._stage == "1" else 1.0)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.config.answer == "lm":

@@ -31,7 +31,7 @@ from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, render_prompts
 from adaptkit.methods.folding import Fold
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
-from adaptkit.methods.mllm._reducing import ReducingConfig, token_facts
+from adaptkit.methods.mllm._reducing import TrainedReducingConfig, token_facts
 from adaptkit.methods.mllm._soft import between, question_span, with_soft
 from adaptkit.methods.mllm._tuning import CHECKPOINTING, IGNORED, TwinMethod, answer_labels, summed
 from adaptkit.methods.mllm._weights import USUAL, text_probabilities, token_weights
@@ -44,7 +44,7 @@ _TEXTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class VladvaConfig(ReducingConfig):
+class VladvaConfig(TrainedReducingConfig):
     """Settings of VladVA."""
 
     lora: bool = field(
