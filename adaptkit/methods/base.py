@@ -33,6 +33,31 @@ class MethodConfig:
     """Base of the methods' settings: frozen, every field with help text in its metadata."""
 
 
+Check = tuple[str, str, bool]
+"""Name of a setting, what it must be, and whether it is."""
+
+
+def at_least(settings: Any, least: int, *names: str) -> list[Check]:
+    """That settings are at least so large, for `refuse`."""
+    return [(name, f"at least {least}", getattr(settings, name) >= least) for name in names]
+
+
+def refuse(settings: Any, *checks: Check, more: Sequence[str] = ()) -> None:
+    """Refuse settings, all problems in one message.
+
+    Args:
+        settings: A dataclass.
+        checks: What its settings must be.
+        more: Problems that aren't one setting's.
+
+    Raises:
+        ConfigError: One or more checks fail, or there are more problems.
+    """
+    wrong = [f"{name} is {getattr(settings, name)!r}, but must be {wanted}" for name, wanted, ok in checks if not ok]
+    if wrong or more:
+        raise ConfigError(f"These settings can't be used: {'; '.join([*wrong, *more])}.")
+
+
 def render_prompts(names: Sequence[str], template: str) -> list[str]:
     """One prompt per class; underscores of a name become spaces."""
     return [template.format(name.replace("_", " ")) for name in names]

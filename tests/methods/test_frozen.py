@@ -165,7 +165,7 @@ def test_other_ways_of_answering_and_training(llava, settings):
     ("settings", "says"),
     [
         ({"tokens": 0}, "tokens is 0"),
-        ({"phi_r": 0, "phi_lr": 0}, "phi_r is 0, phi_lr is 0"),
+        ({"phi_r": 0, "phi_lr": 0}, "phi_r is 0, but must be at least 1; phi_lr is 0"),
         ({"variant": "letters"}, "aren't letters"),
     ],
 )

@@ -222,7 +222,7 @@ def test_on_disk(llava, tmp_path):
     ("settings", "says"),
     [
         ({"mlp": 0}, "there are no adapters"),
-        ({"mlp": -1, "attention": -2}, "mlp is -1, attention is -2"),
+        ({"mlp": -1, "attention": -2}, "mlp is -1, but must be at least 0; attention is -2"),
         ({"tokens": 0}, "tokens is 0"),
         ({"answers": "captions", "variant": "letters"}, "aren't letters"),
     ],

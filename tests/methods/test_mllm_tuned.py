@@ -523,7 +523,11 @@ def test_adapters_that_would_leave_the_base_model(llava, tmp_path):
         (MllmLoraConfig, {"dropout": 1.0, "alpha": 0}, "alpha is 0, but must be above 0; dropout"),
         (MllmLoraConfig, {"layers": ("q_prj",)}, "known: q_proj"),
         (MllmLoraConfig, {"language": False}, "both off"),
-        (MllmLoraConfig, {"negatives": -1, "micro_batch": -2}, "negatives is -1, micro_batch is -2"),
+        (
+            MllmLoraConfig,
+            {"negatives": -1, "micro_batch": -2},
+            "negatives is -1, but must be at least 0; micro_batch is -2",
+        ),
         (MllmLoraConfig, {"options": 1}, "from 2 to 26"),
         (MllmSoftPromptConfig, {"variant": "letters"}, "takes the place of the question"),
         (MllmSoftPromptConfig, {"route": "letters"}, "takes the place of the question"),

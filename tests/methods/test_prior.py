@@ -207,7 +207,7 @@ def test_templates_where_nothing_is_described(llava):
         ({"most": 0.5, "reference_lr": 0}, "most is 0.5, but must be at least 1; reference_lr"),
         ({"reference_epochs": 0}, "reference_epochs is 0"),
         ({"names": -1}, "names is -1"),
-        ({"caption_prompt": " "}, "caption_prompt is empty"),
+        ({"caption_prompt": " "}, "caption_prompt is ' ', but must be a text"),
         ({"r": 0}, "r is 0"),
     ],
 )

@@ -208,7 +208,7 @@ def test_stage_1_is_pulled_a_tenth_as_much():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"), [({"align": -1.0}, "align is -1.0"), ({"teacher_steps": 0}, "teacher_steps 0")]
+    ("settings", "says"), [({"align": -1.0}, "align is -1.0"), ({"teacher_steps": 0}, "teacher_steps is 0")]
 )
 def test_settings_that_cannot_be_used(settings, says):
     with pytest.raises(ConfigError, match=says):

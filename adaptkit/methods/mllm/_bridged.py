@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import ConfigError, UnsupportedError
-from adaptkit.methods.base import progress_of, render_prompts
+from adaptkit.methods.base import at_least, progress_of, refuse, render_prompts
 from adaptkit.methods.mllm._prompt_teacher import PromptTeacher, train_teacher
 from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig
 from adaptkit.methods.mllm._vision import as_image
@@ -43,15 +43,15 @@ class BridgedConfig(TunedMllmConfig):
         default="none",
         metadata={"help": "p-former: pull an image's vectors towards what a text-only teacher makes of its caption."},
     )
-    align: float = field(default=100.0, metadata={"help": "p-former: weight of the mean squared difference; qformer takes a tenth of it in stage 1."})
+    align: float = field(
+        default=100.0,
+        metadata={"help": "p-former: weight of the mean squared difference; a tenth of it in stage 1 of qformer."},
+    )
     teacher_steps: int = field(default=200, metadata={"help": "p-former: steps that the teacher is trained for."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.align < 0 or self.teacher_steps < 1:
-            raise ConfigError(
-                f"align is {self.align} and teacher_steps {self.teacher_steps}; at least 0 and at least 1 are needed."
-            )
+        refuse(self, *at_least(self, 0, "align"), *at_least(self, 1, "teacher_steps"))
         if self.variant == "letters" and self.answers == "captions":
             raise ConfigError("Captions aren't letters: choose variant sft or softmax, or answers=names.")
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError
-from adaptkit.methods.base import render_prompts
+from adaptkit.methods.base import at_least, refuse, render_prompts
 from adaptkit.methods.mllm._tuning import summed
 from adaptkit.methods.mllm.mllm_lora import MllmLora, MllmLoraConfig
 
@@ -34,9 +33,7 @@ class CaptionConfig(MllmLoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.caption_prompt.strip() or self.names < 0:
-            wrong = f"names is {self.names}, but must be at least 0" if self.names < 0 else "caption_prompt is empty"
-            raise ConfigError(f"These settings can't be used: {wrong}.")
+        refuse(self, ("caption_prompt", "a text", bool(self.caption_prompt.strip())), *at_least(self, 0, "names"))
 
 
 def captions_of(name: str, templates: Sequence[str], descriptions: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError, DataError
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._asking import AskingMethod
 from adaptkit.methods.mllm._matching import Matcher
 
@@ -43,13 +44,7 @@ class EpisodeConfig:
     )
 
     def __post_init__(self) -> None:
-        low = [
-            f"{name} is {getattr(self, name)}, but must be at least {least}"
-            for name, least in (("ways", 2), ("inner_shots", 0), ("repeats", 0))
-            if getattr(self, name) < least
-        ]
-        if low:
-            raise ConfigError(f"These settings can't be used: {'; '.join(low)}.")
+        refuse(self, *at_least(self, 2, "ways"), *at_least(self, 0, "inner_shots", "repeats"))
 
 
 @dataclass(frozen=True)

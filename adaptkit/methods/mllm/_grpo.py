@@ -22,8 +22,7 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
-from adaptkit.errors import ConfigError
-from adaptkit.methods.base import MethodConfig
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._reducing import TrainedReducingConfig
 from adaptkit.methods.mllm._tuning import TwinMethod, summed
 from adaptkit.types import FitTask
@@ -69,29 +68,10 @@ class GrpoConfig(TrainedReducingConfig):
             self,
             ("rollouts", "at least 2, which are compared", self.rollouts >= 2),
             ("rollout_temperature", "above 0", self.rollout_temperature > 0),
-            ("max_tokens", "at least 1", self.max_tokens >= 1),
-            ("beta", "at least 0", self.beta >= 0),
-            ("reuse", "at least 1", self.reuse >= 1),
+            *at_least(self, 1, "max_tokens", "reuse"),
+            *at_least(self, 0, "beta", "resample", "micro_batch", "clip"),
             ("eps", "above 0 and below 1", 0 < self.eps < 1),
-            ("resample", "at least 0", self.resample >= 0),
-            ("micro_batch", "at least 0", self.micro_batch >= 0),
-            ("clip", "at least 0", self.clip >= 0),
         )
-
-
-def refuse(config: MethodConfig, *checks: tuple[str, str, bool]) -> None:
-    """Refuse settings, all problems in one message.
-
-    Args:
-        config: The settings.
-        checks: Name of a setting, what it must be, and whether it is.
-
-    Raises:
-        ConfigError: One or more aren't.
-    """
-    wrong = [f"{name} is {getattr(config, name)!r}, but must be {wanted}" for name, wanted, ok in checks if not ok]
-    if wrong:
-        raise ConfigError(f"These settings can't be used: {'; '.join(wrong)}.")
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import AdapterError, ConfigError
+from adaptkit.errors import AdapterError
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod, asked
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._pairs import PairTally
@@ -50,8 +51,7 @@ class PairwiseConfig(ReducingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shortlist < 0:
-            raise ConfigError(f"These settings can't be used: shortlist is {self.shortlist}; at least 0 is needed.")
+        refuse(self, *at_least(self, 0, "shortlist"))
 
 
 class PairwiseMethod(AskingMethod):

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM
-from adaptkit.errors import ConfigError
-from adaptkit.methods.base import ParameterGroup, draw_linear
+from adaptkit.methods.base import ParameterGroup, at_least, draw_linear, refuse
 from adaptkit.methods.mllm._bridged import BridgedConfig, BridgedMllm
 from adaptkit.methods.mllm._vision import (
     Phi,
@@ -74,10 +73,7 @@ class PrefixConfig(BridgedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = [f"{name} is {getattr(self, name)}" for name in ("tokens", "phi_r") if getattr(self, name) < 1]
-        wrong += [f"phi_lr is {self.phi_lr}"] if self.phi_lr <= 0 else []
-        if wrong:
-            raise ConfigError(f"These settings can't be used: {', '.join(wrong)}; at least 1, and a rate above 0.")
+        refuse(self, *at_least(self, 1, "tokens", "phi_r"), ("phi_lr", "above 0", self.phi_lr > 0))
 
 
 class PrefixedMllm(BridgedMllm):

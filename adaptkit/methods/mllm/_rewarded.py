@@ -18,7 +18,8 @@ from torch import Tensor
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM, Prefix
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, refuse
+from adaptkit.methods.base import at_least, refuse
+from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._matching import answer_of
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
@@ -74,7 +75,7 @@ class RewardedConfig(GrpoConfig, MllmZeroShotConfig):
         GrpoConfig.__post_init__(self)
         refuse(
             self,
-            ("r", "at least 1", self.r >= 1),
+            *at_least(self, 1, "r"),
             ("alpha", "above 0", self.alpha > 0),
             ("prompt", "a text", bool(self.prompt.strip())),
         )

@@ -27,7 +27,7 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import ConfigError
 from adaptkit.methods._tuned import set_parameter
-from adaptkit.methods.base import GradientMethod, progress_of
+from adaptkit.methods.base import GradientMethod, at_least, progress_of, refuse
 from adaptkit.methods.lora._towers import shared_copy, state_name
 from adaptkit.methods.mllm._asking import AskingMethod
 from adaptkit.methods.mllm._letters import LETTERS, options_text
@@ -52,7 +52,7 @@ CHECKPOINTING = {
 
 
 @dataclass(frozen=True)
-class TunedMllmConfig(MllmZeroShotConfig, TrainedReducingConfig):
+class TunedMllmConfig(TrainedReducingConfig, MllmZeroShotConfig):
     """Settings that tuned MLLMs share."""
 
     normalisation: Normalisation = field(
@@ -88,9 +88,7 @@ class TunedMllmConfig(MllmZeroShotConfig, TrainedReducingConfig):
         if self.variant == "letters" and self.route == "likelihood":
             object.__setattr__(self, "route", "letters")
         super().__post_init__()
-        low = [f"{name} is {getattr(self, name)}" for name in self.counts() if getattr(self, name) < 0]
-        if low:
-            raise ConfigError(f"These settings can't be used: {', '.join(low)}; at least 0 is needed.")
+        refuse(self, *at_least(self, 0, *self.counts()))
 
     def counts(self) -> tuple[str, ...]:
         """Settings that mustn't be negative."""

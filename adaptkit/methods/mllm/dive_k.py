@@ -28,8 +28,8 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
 from adaptkit.methods import methods
-from adaptkit.methods.base import progress_of
-from adaptkit.methods.mllm._grpo import Question, numbers_for, refuse, roll
+from adaptkit.methods.base import at_least, progress_of, refuse
+from adaptkit.methods.mllm._grpo import Question, numbers_for, roll
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._matching import STEPS, Matcher
@@ -79,11 +79,10 @@ class DiveKConfig(RewardedConfig):
         super().__post_init__()
         refuse(
             self,
-            ("samples", "at least 1", self.samples >= 1),
-            ("temperature", "at least 0", self.temperature >= 0),
+            *at_least(self, 1, "samples"),
+            *at_least(self, 0, "temperature", "refresh_every"),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
             ("repetition_penalty", "above 0", self.repetition_penalty > 0),
-            ("refresh_every", "at least 0", self.refresh_every >= 0),
         )
 
     @property

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import Batch
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ClassWeightMethod, draw_linear, render_prompts
+from adaptkit.methods.base import ClassWeightMethod, at_least, draw_linear, refuse, render_prompts
 from adaptkit.methods.mllm._prefix import PrefixConfig, PrefixedMllm, VisualPrefix
 from adaptkit.methods.mllm._soft import with_soft
 from adaptkit.methods.mllm._tuning import IGNORED
@@ -60,23 +59,17 @@ class FromageConfig(PrefixConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{name} is {getattr(self, name)!r}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("dim", "at least 1", self.dim >= 1),
-                ("captioning", "at least 0", self.captioning >= 0),
-                ("retrieval", "at least 0", self.retrieval >= 0),
-                ("concatenate", "from 0 to 1", 0 <= self.concatenate <= 1),
-                ("variant", "sft", self.variant == "sft"),
-                ("answers", "captions", self.answers == "captions"),
-                ("micro_batch", "0, since a whole batch is compared", self.micro_batch == 0),
-            )
-            if not ok
-        ]
-        if self.captioning + self.retrieval == 0:
-            problems.append("captioning and retrieval are both 0, so there is no loss")
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        lossless = self.captioning + self.retrieval == 0
+        refuse(
+            self,
+            *at_least(self, 1, "dim"),
+            *at_least(self, 0, "captioning", "retrieval"),
+            ("concatenate", "from 0 to 1", 0 <= self.concatenate <= 1),
+            ("variant", "sft", self.variant == "sft"),
+            ("answers", "captions", self.answers == "captions"),
+            ("micro_batch", "0, since a whole batch is compared", self.micro_batch == 0),
+            more=["captioning and retrieval are both 0, so there is no loss"] * lossless,
+        )
 
 
 @methods.register("fromage")

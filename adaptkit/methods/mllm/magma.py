@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.folding import Fold
 from adaptkit.methods.mllm._bottlenecks import Kind, add_bottlenecks
 from adaptkit.methods.mllm._prefix import PrefixConfig, PrefixedMllm, VisualPrefix
@@ -57,9 +58,7 @@ class MagmaConfig(PrefixConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low = [f"{name} is {getattr(self, name)}" for name in ("mlp", "attention") if getattr(self, name) < 0]
-        if low:
-            raise ConfigError(f"These settings can't be used: {', '.join(low)}; at least 0 is needed.")
+        refuse(self, *at_least(self, 0, "mlp", "attention"))
         if self.align_to != "none" and self.prefix == "own":
             raise ConfigError("With the model's own bridge there is no prefix to align: choose prefix=pooled or grid.")
         if not self.mlp and not self.attention:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import progress_of
+from adaptkit.methods.base import at_least, progress_of, refuse
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._pairwise import PairwiseConfig, PairwiseMethod
 from adaptkit.types import FitTask, TrainingLoop
@@ -46,11 +45,7 @@ class MllmIclConfig(PairwiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low = [
-            f"{name} is {getattr(self, name)}" for name in ("examples", "orders", "rounds") if getattr(self, name) < 1
-        ]
-        if low:
-            raise ConfigError(f"These settings can't be used: {', '.join(low)}; at least 1 is needed.")
+        refuse(self, *at_least(self, 1, "examples", "orders", "rounds"))
 
 
 @methods.register("mllm-icl")

@@ -19,7 +19,7 @@ from adaptkit.backbones.mllm.families import LANGUAGE_LINEARS, Target
 from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.errors import AdapterError, ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ParameterGroup
+from adaptkit.methods.base import ParameterGroup, at_least, refuse
 from adaptkit.methods.lora._towers import is_quantised, targeted, write_peft
 from adaptkit.methods.mllm._lowrank import PEFT_PREFIX, add_low_rank
 from adaptkit.methods.mllm._tuning import TunedMllm, TunedMllmConfig, own_parameters
@@ -50,25 +50,18 @@ class MllmLoraConfig(TunedMllmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("r", "at least 1", self.r >= 1),
-                ("alpha", "above 0", self.alpha > 0),
-                ("dropout", "at least 0 and below 1", 0 <= self.dropout < 1),
-                ("vision_lr", "above 0", self.vision_lr > 0),
-                ("bridge_lr", "above 0", self.bridge_lr > 0),
-            )
-            if not ok
-        ]
-        known = re.findall(r"\w+", LANGUAGE_LINEARS)
-        unknown = [name for name in self.layers if name not in known]
-        if unknown:
-            problems.append(f"layers holds {unknown[0]!r}; known: {', '.join(known)}")
-        if not (self.language or self.vision):
-            problems.append("language and vision are both off, so there is nothing for low-rank updates to change")
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        known, nothing = re.findall(r"\w+", LANGUAGE_LINEARS), not (self.language or self.vision)
+        more = [f"layers holds {name!r}; known: {', '.join(known)}" for name in self.layers if name not in known][:1]
+        more += ["language and vision are both off, so there is nothing for low-rank updates to change"] * nothing
+        refuse(
+            self,
+            *at_least(self, 1, "r"),
+            ("alpha", "above 0", self.alpha > 0),
+            ("dropout", "at least 0 and below 1", 0 <= self.dropout < 1),
+            ("vision_lr", "above 0", self.vision_lr > 0),
+            ("bridge_lr", "above 0", self.bridge_lr > 0),
+            more=more,
+        )
 
 
 @methods.register("mllm-lora")

@@ -22,8 +22,9 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
-from adaptkit.errors import ConfigError, DataError
+from adaptkit.errors import DataError
 from adaptkit.methods import methods
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._asking import QUESTION, AskingMethod
 from adaptkit.methods.mllm._credit import Credit, check_taxonomy, includes
 from adaptkit.methods.mllm._decoding import constrained_beams
@@ -94,21 +95,15 @@ class MllmZeroShotConfig(ReducingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("options", f"from 2 to {MOST_OPTIONS}", 2 <= self.options <= MOST_OPTIONS),
-                ("shifts", f"from 0 to {MOST_OPTIONS}", 0 <= self.shifts <= MOST_OPTIONS),
-                ("beams", "at least 1", self.beams >= 1),
-                ("max_tokens", "at least 1", self.max_tokens >= 1),
-            )
-            if not ok
-        ]
+        endless = self.route == "constrained" and not self.end_token
         check_taxonomy(self.taxonomy)
-        if self.route == "constrained" and not self.end_token:
-            problems.append("end_token is off, but constrained decoding needs it to tell where a name ends")
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        refuse(
+            self,
+            ("options", f"from 2 to {MOST_OPTIONS}", 2 <= self.options <= MOST_OPTIONS),
+            ("shifts", f"from 0 to {MOST_OPTIONS}", 0 <= self.shifts <= MOST_OPTIONS),
+            *at_least(self, 1, "beams", "max_tokens"),
+            more=["end_token is off, but constrained decoding needs it to tell where a name ends"] * endless,
+        )
 
 
 @methods.register("mllm-zero-shot")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.mllm.model import MLLM
-from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
-from adaptkit.methods.base import progress_of
+from adaptkit.methods.base import at_least, progress_of, refuse
 from adaptkit.methods.mllm._captions import CaptionConfig, CaptionMethod
 from adaptkit.methods.mllm._lowrank import add_low_rank
 from adaptkit.methods.mllm._tuning import twin_of
@@ -56,18 +55,12 @@ class PriorConfig(CaptionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("strength", "at least 0", self.strength is None or self.strength >= 0),
-                ("most", "at least 1", self.most >= 1),
-                ("reference_epochs", "at least 1", self.reference_epochs >= 1),
-                ("reference_lr", "above 0", self.reference_lr > 0),
-            )
-            if not ok
-        ]
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        refuse(
+            self,
+            ("strength", "at least 0", self.strength is None or self.strength >= 0),
+            *at_least(self, 1, "most", "reference_epochs"),
+            ("reference_lr", "above 0", self.reference_lr > 0),
+        )
 
 
 @methods.register("prior")

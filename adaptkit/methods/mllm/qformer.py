@@ -24,6 +24,7 @@ from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.errors import ConfigError, UnsupportedError
 from adaptkit.methods import methods
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._bridged import BridgedConfig, BridgedMllm
 from adaptkit.methods.mllm._lowrank import add_low_rank
 from adaptkit.methods.mllm._querying import (
@@ -74,8 +75,7 @@ class QFormerConfig(BridgedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ConfigError(f"r is {self.r}, but must be at least 1.")
+        refuse(self, *at_least(self, 1, "r"))
         if self.answer != "lm" and "1" not in self.stages:
             raise ConfigError(f"answer={self.answer} reads what stage 1 trains: choose stages=1 or 1+2.")
         if self.answer == "lm" and self.stages == "1":

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError
 from adaptkit.methods import methods
+from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._captions import CaptionConfig, CaptionMethod, captions_of
 from adaptkit.methods.mllm._rewrites import Gated, VariantSampler, gate
 from adaptkit.methods.probe import ProbeQuestion, make_probe, probe_metrics
@@ -51,9 +51,7 @@ class RecaptionConfig(CaptionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low = [name for name in ("patience", "probe_images") if getattr(self, name) < 1]
-        if low:
-            raise ConfigError(f"{low[0]} is {getattr(self, low[0])}, but must be at least 1.")
+        refuse(self, *at_least(self, 1, "patience", "probe_images"))
 
 
 @methods.register("recaption")

@@ -28,8 +28,8 @@ from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import DataError, UnknownNameError
 from adaptkit.methods import methods
-from adaptkit.methods.base import progress_of
-from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question, refuse
+from adaptkit.methods.base import at_least, progress_of, refuse
+from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._matching import OPENING_TAG, tagged_answer
@@ -94,13 +94,13 @@ class TwinConfig(GrpoConfig, PairwiseConfig):
         total = sum(shares.values())
         refuse(
             self,
-            ("pairs", "at least 0", self.pairs >= 0),
+            *at_least(self, 0, "pairs"),
             ("ratio", "above 0", 0 < self.ratio < math.inf),
             *((name, "from 0 to 1", 0 <= share <= 1) for name, share in shares.items()),
             ("near", f"smaller: near, confused and related add up to {total:g}", total < 1 + 1e-9),
             ("taxonomy", "the parent of each class, since related is above 0", bool(self.taxonomy or not self.related)),
             ("held_out", "at least 0 and at most 0.5", 0 <= self.held_out <= 0.5),
-            ("r", "at least 1", self.r >= 1),
+            *at_least(self, 1, "r"),
             ("alpha", "above 0", self.alpha > 0),
             ("dropout", "at least 0 and below 1", 0 <= self.dropout < 1),
             ("dropout", "0 with mode grpo, whose answers are drawn without", self.mode != "grpo" or not self.dropout),

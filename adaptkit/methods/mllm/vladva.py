@@ -26,9 +26,9 @@ from adaptkit.backbones.base import Backbone, Tokens
 from adaptkit.backbones.mllm.images import ImageFeatures
 from adaptkit.backbones.mllm.model import IMAGE_PROMPT, MLLM, TEXT_PROMPT
 from adaptkit.backbones.mllm.prompts import Turn
-from adaptkit.errors import ConfigError, UnsupportedError
+from adaptkit.errors import UnsupportedError
 from adaptkit.methods import methods
-from adaptkit.methods.base import ClassWeightMethod, render_prompts
+from adaptkit.methods.base import ClassWeightMethod, at_least, refuse, render_prompts
 from adaptkit.methods.folding import Fold
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
 from adaptkit.methods.mllm._reducing import TrainedReducingConfig, token_facts
@@ -78,25 +78,17 @@ class VladvaConfig(TrainedReducingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{name} is {getattr(self, name)!r}, but must be {wanted}"
-            for name, wanted, ok in (
-                ("r", "at least 1", self.r >= 1),
-                ("alpha", "above 0", self.alpha > 0),
-                ("contrastive", "at least 0", self.contrastive >= 0),
-                ("next_token", "at least 0", self.next_token >= 0),
-                ("temperature", f"at least {1 / MOST_SCALE}", self.temperature >= 1 / MOST_SCALE),
-                ("image_prompt", "a text", bool(self.image_prompt.strip())),
-                ("text_prompt", "a text", bool(self.text_prompt.strip())),
-                ("micro_batch", "at least 0", self.micro_batch >= 0),
-                ("clip", "at least 0", self.clip >= 0),
-            )
-            if not ok
-        ]
-        if not self.contrastive + self.next_token:
-            problems.append("contrastive and next_token are both 0, so there is no loss")
-        if problems:
-            raise ConfigError(f"These settings can't be used: {'; '.join(problems)}.")
+        lossless = not self.contrastive + self.next_token
+        refuse(
+            self,
+            *at_least(self, 1, "r"),
+            ("alpha", "above 0", self.alpha > 0),
+            ("temperature", f"at least {1 / MOST_SCALE}", self.temperature >= 1 / MOST_SCALE),
+            ("image_prompt", "a text", bool(self.image_prompt.strip())),
+            ("text_prompt", "a text", bool(self.text_prompt.strip())),
+            *at_least(self, 0, "contrastive", "next_token", "micro_batch", "clip"),
+            more=["contrastive and next_token are both 0, so there is no loss"] * lossless,
+        )
 
 
 @methods.register("vladva")
