@@ -31,6 +31,7 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.data.images import load_rgb
 from adaptkit.data.transforms import to_pixels
 from adaptkit.errors import DataError, MissingPathError, UnsupportedError
+from adaptkit.methods.tags import tagged_answer, without_tags
 from adaptkit.storage import safe_join
 from adaptkit.types import ProgressCallback
 
@@ -40,8 +41,6 @@ COUNTS = ("0", "1", "2", "3")
 
 _PAIR = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _COUNT = re.compile(r"(?<![\w.,-])([0-3])(?![\w-]|[.,]\d)")
-_INSIDE = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _LARGEST = 2**20  # bytes of one line
 
 
@@ -189,8 +188,7 @@ def parse_count(text: str) -> str | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    inside = _INSIDE.findall(text)
-    found = (pattern.findall(inside[-1]) if inside else []) or pattern.findall(_TAG.sub(" ", text))
+    found = pattern.findall(tagged_answer(text) or "") or pattern.findall(without_tags(text))
     return str(found[-1]).lower() if found else None
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones.load import load_backbone
-from adaptkit.backbones.mllm.model import MLLM, Prefix
+from adaptkit.backbones.mllm.batches import Prefix
+from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
 from adaptkit.errors import ConfigError

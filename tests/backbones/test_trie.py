@@ -44,7 +44,7 @@ def test_empty_candidates_are_refused():
 
 
 def test_small_groups_and_small_pieces_change_nothing(monkeypatch):
-    from adaptkit.backbones.mllm import model
+    from adaptkit.backbones.mllm import language
     from adaptkit.backbones.mllm.prompts import Turn
     from tests.backbones import tiny_mllm as tiny
 
@@ -53,8 +53,8 @@ def test_small_groups_and_small_pieces_change_nothing(monkeypatch):
     with torch.no_grad():
         prefix = backbone.prefix([backbone.prompter.ids([Turn("q", 0)]), backbone.prompter.ids([Turn("why?", 0)])])
         whole = backbone.candidate_scores(prefix, trie)
-        monkeypatch.setattr(model, "TREE_NODES", 3)
-        monkeypatch.setattr(model, "HEAD_BYTES", 1)
+        monkeypatch.setattr(language, "TREE_NODES", 3)
+        monkeypatch.setattr(language, "HEAD_BYTES", 1)
         pieces = backbone.candidate_scores(prefix, trie)
         torch.testing.assert_close(pieces, whole)
         torch.testing.assert_close(backbone.candidate_scores(prefix.select([1, 1, 0]), trie), whole[[1, 1, 0]])

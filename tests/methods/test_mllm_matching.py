@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adaptkit.methods.mllm._matching import Match, Matcher, answer_of, normalise
+from adaptkit.methods.mllm._matching import Match, Matcher, normalise
+from adaptkit.methods.tags import answer_of
 
 NAMES = ("707-320", "A320", "tabby cat", "cat", "red-winged blackbird", "Model S", "Bishop of Llandaff", "St. Bernard")
 ALIASES = {"tabby cat": ("Felis catus",), "St. Bernard": ("saint bernard", "Alpine Mastiff"), "unknown": ("cat",)}

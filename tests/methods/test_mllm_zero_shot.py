@@ -115,10 +115,10 @@ def test_calibration_stays_near_one_where_nothing_is_to_be_learned():
 
 
 def test_small_groups_change_nothing(backbone, pixels, monkeypatch):
-    from adaptkit.backbones.mllm import model
+    from adaptkit.backbones.mllm import language
 
     wanted = {route: ask(make(backbone, route=route), pixels) for route in ("likelihood", "letters")}
-    monkeypatch.setattr(model, "KEYS_BYTES", 1)
+    monkeypatch.setattr(language, "KEYS_BYTES", 1)
     assert make(backbone).at_once() == 1
     for route, logits in wanted.items():
         torch.testing.assert_close(ask(make(backbone, route=route), pixels), logits, rtol=1e-4, atol=1e-5)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from adaptkit.backbones.mllm.batches import Batch, Prefix
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import MLLM, Batch, Prefix
+from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.reading import blank_images
 from adaptkit.backbones.mllm.trie import Trie

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from adaptkit.errors import ConfigError
-from adaptkit.methods.mllm._matching import Matcher, answer_of, normalise, words_in
+from adaptkit.methods.mllm._matching import Matcher, normalise, words_in
+from adaptkit.methods.tags import answer_of
 
 
 def check_taxonomy(taxonomy: Mapping[str, str]) -> None:

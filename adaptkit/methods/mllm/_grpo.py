@@ -18,8 +18,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from adaptkit.backbones.mllm.batches import Prefix
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import MLLM, Prefix
+from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
 from adaptkit.methods.base import at_least, refuse

@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adaptkit.methods.tags import answer_of
+
 Step = Literal["exact", "alias", "containment", "embedding", "none"]
 STEPS: tuple[Step, ...] = ("exact", "alias", "containment", "embedding", "none")
 
-OPENING_TAG = "<answer>"
-"""What stands in front of an answer that is asked for in tags."""
-
-_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:a|an|the) ")
 
 
@@ -32,18 +30,6 @@ class Match:
 
     index: int | None
     step: Step
-
-
-def tagged_answer(text: str) -> str | None:
-    """The last `<answer>` span, or None where there is none."""
-    spans: list[str] = _TAGGED.findall(text)
-    return spans[-1] if spans else None
-
-
-def answer_of(text: str) -> str:
-    """The last `<answer>` span, or the whole text where it has none."""
-    found = tagged_answer(text)
-    return text if found is None else found
 
 
 def normalise(text: str) -> str:

@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from adaptkit.methods.mllm._matching import answer_of, normalise
+from adaptkit.methods.mllm._matching import normalise
+from adaptkit.methods.tags import answer_of
 
 How = Literal["mined", "truth added", "filled", "unparsed", "ranked"]
 

@@ -15,14 +15,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from adaptkit.backbones.mllm.batches import Prefix
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import MLLM, Prefix
+from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.methods.base import at_least, refuse
 from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
-from adaptkit.methods.mllm._matching import answer_of
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
+from adaptkit.methods.tags import answer_of
 from adaptkit.types import FitTask, TrainingSettings
 
 PLAIN = "Answer with its name only."

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptkit.backbones.mllm.model import MLLM, Batch
+from adaptkit.backbones.mllm.batches import Batch
+from adaptkit.backbones.mllm.model import MLLM
 from adaptkit.backbones.mllm.prompts import Prompter, Turn
 
 

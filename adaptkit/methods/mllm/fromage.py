@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.backbones.mllm.batches import Batch
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import Batch
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.methods import methods
 from adaptkit.methods.base import ClassWeightMethod, at_least, draw_linear, refuse, render_prompts

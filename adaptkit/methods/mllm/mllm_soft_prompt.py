@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones.mllm.model import Batch
+from adaptkit.backbones.mllm.batches import Batch
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import ConfigError
 from adaptkit.methods import methods

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.backbones.mllm.batches import Prefix
 from adaptkit.backbones.mllm.images import ImageFeatures
-from adaptkit.backbones.mllm.model import Prefix
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.trie import Trie
 from adaptkit.errors import DataError
@@ -30,9 +30,10 @@ from adaptkit.methods.mllm._credit import Credit, check_taxonomy, includes
 from adaptkit.methods.mllm._decoding import constrained_beams
 from adaptkit.methods.mllm._letters import LETTERS, MOST_OPTIONS, LetterTally, options_text, shifted, spread
 from adaptkit.methods.mllm._likelihood import Normalisation, fit_calibration, normalised
-from adaptkit.methods.mllm._matching import STEPS, Matcher, answer_of
+from adaptkit.methods.mllm._matching import STEPS, Matcher
 from adaptkit.methods.mllm._reducing import ReducingConfig
 from adaptkit.methods.mllm._shortlist import Shortlister
+from adaptkit.methods.tags import answer_of
 from adaptkit.types import FitTask, TrainingLoop
 
 Route = Literal["likelihood", "letters", "constrained", "open"]

@@ -32,10 +32,10 @@ from adaptkit.methods.base import at_least, progress_of, refuse
 from adaptkit.methods.mllm._grpo import GrpoConfig, GrpoMethod, Question
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._lowrank import add_low_rank, write_low_rank
-from adaptkit.methods.mllm._matching import OPENING_TAG, tagged_answer
 from adaptkit.methods.mllm._pairs import Pairs, Sources, balanced, make_pairs, pair_facts, split_images
 from adaptkit.methods.mllm._pairwise import PairwiseConfig, PairwiseMethod
 from adaptkit.methods.mllm._tuning import NumberedInputs, answers_loss, summed
+from adaptkit.methods.tags import OPENING_TAG, tagged_answer
 from adaptkit.types import FitTask, Inputs, NovelClasses, TrainingLoop, TrainingSettings
 
 MEASURED = 64

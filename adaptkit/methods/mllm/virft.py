@@ -16,9 +16,10 @@ from torch import Tensor
 from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.methods import methods
 from adaptkit.methods.mllm._grpo import Question
-from adaptkit.methods.mllm._matching import answer_of, normalise
+from adaptkit.methods.mllm._matching import normalise
 from adaptkit.methods.mllm._rewarded import RewardedConfig, RewardedMllm
 from adaptkit.methods.mllm.mllm_zero_shot import Route
+from adaptkit.methods.tags import answer_of
 
 
 @dataclass(frozen=True)

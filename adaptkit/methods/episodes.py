@@ -1,7 +1,11 @@
 """N-way open-ended episodes: classes bound to names within one prompt, and how often the query's name is then found.
 
+    from adaptkit.methods.episodes import EpisodeConfig, evaluate_episodes
+    print(evaluate_episodes(method, pixels, labels, names, EpisodeConfig(ways=2), episodes=100, seed=1))
+
 An episode tells the task in a sentence (task induction), shows some inner shots of each of N classes with their names,
-real or nonsense, and asks for the name of a further image of one of them.
+real or nonsense, and asks for the name of a further image of one of them. Any method that asks a multimodal language
+model is measured by it, fitted or not.
 
 Source: Frozen arXiv 2106.13884; mllm sheet `frozen.md` (few-shot protocol).
 Differs from the paper: the sentence opens the first turn, since chat templates begin with one.
