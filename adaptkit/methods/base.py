@@ -659,12 +659,15 @@ class GradientMethod(Method):
     Attributes:
         wants_frozen: Whether `losses` compares with the frozen backbone's features of the same images; they come from
             the feature store where their views are stored there.
+        shares_batches: Whether several processes may each train on a share of every batch: its loss is then the mean of
+            the shares', weighted by `share_weight`. Not where images of a batch are compared with each other, nor where
+            terms are means over different things.
         enough: Set in `after_epoch` where training is to end with that epoch.
     """
 
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings()
     wants_frozen: bool = False
-    shares_batches: ClassVar[bool] = False
+    shares_batches: bool = False
     enough: bool = False
 
     def prepare(self, task: FitTask) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_command_lines(photos):
     for line in sorted(COMMANDS, key=lambda text: order[text.split()[1]]):
         words = [word.replace("ViT-B-16/openai", "mini") for word in shlex.split(line)[1:]]
         outcome = CliRunner().invoke(main, words)
+        assert outcome.exit_code == 0, f"{line}: {outcome.output}"
+
+
+def fenced_lines():
+    return [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def test_fenced_command_lines_are_understood():
+    lines = fenced_lines()
+    assert len(lines) >= 3
+    for line in lines:
+        program, verb, *words = shlex.split(line)
+        assert program == "adaptkit"
+        command = main.get_command(click.Context(main), verb)
+        given = command.make_context(verb, words).params
+        method = given["method"] if verb == "run" else "mllm-zero-shot"
+        assert f"`{method}`" in README
+
+
+@pytest.mark.slow
+def test_fenced_command_lines_run(photos):
+    for line in fenced_lines():
+        outcome = CliRunner().invoke(main, shlex.split(line)[1:])
         assert outcome.exit_code == 0, f"{line}: {outcome.output}"
 
 

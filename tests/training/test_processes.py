@@ -162,6 +162,33 @@ def test_methods_that_can_not_share_are_refused(both):
         both(lambda processes: fit("coop", backbone=tiny_clip()))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("recaption", {"names": 0.0}),
+        ("prior", {}),
+        ("fromage", {}),
+        ("qformer", {"stages": "1+2"}),
+        ("frozen", {"align_to": "p-former", "teacher_steps": 1}),
+    ],
+)
+def test_losses_that_are_no_mean_of_shares_are_refused(both, name, settings):
+    backbone = tiny_mllm.load(tiny_mllm.kind_for(name))
+    with pytest.raises(UnsupportedError, match=f"{name} can't share a batch"):
+        both(lambda processes: fit(name, backbone=backbone, **settings))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("frozen", {}), ("magma", {}), ("qformer", {"level": "a"})])
+def test_bridges_share_what_they_say_of_images(both, name, settings):
+    backbone = tiny_mllm.load(tiny_mllm.kind_for(name))
+    state, report = fit(name, backbone=backbone, **settings)
+    (first, told), (second, _) = both(lambda processes: fit(name, backbone=backbone, **settings))
+    assert told["losses"] == pytest.approx(report["losses"], rel=1e-4)
+    for key, value in state().items():
+        torch.testing.assert_close(first()[key], value, rtol=1e-4, atol=1e-4)
+        assert torch.equal(first()[key], second()[key])
+
+
 def test_answers_are_shared_and_counted(both, tmp_path):
     from adaptkit.data.features import FeatureStore
 

@@ -92,6 +92,7 @@ class BridgedMllm(TunedMllm):
                 f"{self.name} reads vectors of its own in the place of an image's tokens, so none of those can be left"
                 " out: choose token_reduction=none."
             )
+        self.shares_batches = self.shares_batches and self.config.align_to == "none"  # that term is a mean over images
         self._caption_ids: dict[str, list[int]] = {}
         self._teacher: tuple[PromptTeacher, ...] = ()  # a tuple, so that it isn't a part of what is learned
         self._teacher_facts: dict[str, Any] = {}

@@ -52,6 +52,7 @@ class CaptionMethod(MllmLora):
     """MLLM LoRA with a second loss, on captions of the training images."""
 
     reads_descriptions: ClassVar[Literal["never", "optional", "needed"]] = "optional"
+    shares_batches: bool = False  # names and captions are means over different tokens
     config: Any
 
     def build(self) -> None:

@@ -1,8 +1,9 @@
 """What methods that learn by rewards on questions about one image share: low-rank updates, think and answer tags.
 
 Source: mllm sheet `dive-k.md` (step 2, ViRFT baseline, hyper-parameters).
-Differs from the papers: low-rank updates of the language model in the place of all weights; without tags, for models
-that weren't made to think in text, answers are the name or the letter alone and no format is rewarded.
+Differs from the papers: low-rank updates of the language model in the place of all weights, at a rate for them; two
+epochs and not one and a half; without tags, for models that weren't made to think in text, answers are the name or the
+letter alone and no format is rewarded; a choice of several letters is none.
 """
 
 from __future__ import annotations

@@ -357,7 +357,7 @@ class TunedMllm(TwinMethod, MllmZeroShot):
     """
 
     config: Any
-    shares_batches: ClassVar[bool] = True
+    shares_batches: bool = True
 
     def build(self) -> None:
         self._supervised = 0  # tokens or images of the last batch

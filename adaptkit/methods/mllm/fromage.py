@@ -79,6 +79,7 @@ class Fromage(PrefixedMllm, ClassWeightMethod):
     name = "fromage"
     config_class = FromageConfig
     config: FromageConfig
+    shares_batches: bool = False  # texts and images of a batch are compared
     ret: nn.Parameter
     log_scale: nn.Parameter
     default_training: ClassVar[TrainingSettings | None] = TrainingSettings(

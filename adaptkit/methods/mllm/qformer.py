@@ -123,6 +123,7 @@ class QFormer(BridgedMllm):
                 decodes=self.config.generation,
             ).to(twin.device)
         self._stage = self.config.stages[0]
+        self.shares_batches = self.shares_batches and self.stage_1 is None  # which compares texts and images of a batch
 
     @property
     def queries(self) -> nn.Parameter:
