@@ -14,6 +14,7 @@ import click
 from adaptkit.commands import _console as console
 from adaptkit.commands import _options, _runs
 from adaptkit.errors import DataError, StorageError, UnsupportedError
+from adaptkit.methods import CLIP_ROWS
 
 if TYPE_CHECKING:
     from adaptkit.backbones.base import Backbone
@@ -48,9 +49,6 @@ DESCRIBED_METHODS = ("dclip", "cupl")
 MLLM_METHODS = ("mllm-zero-shot", "mllm-soft-prompt", "mllm-lora")
 """Compared on a multimodal language model where no methods are named."""
 
-CLIP_METHODS = ("zero-shot", "clip-adapter")
-"""Always beside a multimodal language model, on a CLIP: what the language model has to be worth its cost against."""
-
 ZERO_SHOT = ("zero-shot", "mllm-zero-shot")
 
 BEST = "best"
@@ -69,7 +67,7 @@ BEST = "best"
     "--clip-backbone",
     default="mini",
     show_default=True,
-    help=f"Where --backbone is a multimodal language model: the CLIP of the rows {' and '.join(CLIP_METHODS)} beside"
+    help=f"Where --backbone is a multimodal language model: the CLIP of the rows {' and '.join(CLIP_ROWS)} beside"
     " it; none leaves them out.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, for all methods that read it.")
@@ -182,7 +180,11 @@ def planned(
     chosen = [(name, model) for name in dict.fromkeys(names or default_methods(task.dataset, model))]
     if model.is_mllm and clip_backbone != "none":
         clip = backbone_for(task.dataset, clip_backbone, device=options.device)
-        chosen += [(name, clip) for name in CLIP_METHODS]
+        if clip.is_mllm:
+            raise UnsupportedError(
+                f"--clip-backbone {clip_backbone!r} is a multimodal language model itself: choose a CLIP, or none."
+            )
+        chosen += [(name, clip) for name in CLIP_ROWS]
     shares = share_overrides([methods.get(name) for name, _ in chosen], overrides)
     rows, refused = [], []
     for (name, on), share in zip(chosen, shares, strict=True):

@@ -38,7 +38,7 @@ from adaptkit.methods.adapter import AdaptedModel
 from adaptkit.methods.base import GradientMethod, Method, check_novel
 from adaptkit.storage import digest_json
 from adaptkit.training.checkpoints import Checkpoints
-from adaptkit.training.loop import fit_method
+from adaptkit.training.loop import check_shared, fit_method
 from adaptkit.training.processes import current
 from adaptkit.types import EpochCallback, FitTask, Inputs, ProgressCallback, TrainingSettings
 
@@ -163,8 +163,11 @@ def plan_run(
         UnknownNameError: No such method or recipe.
         ConfigError: Settings that can't be used, all in one message.
         DataError: A search was asked for, and there are too few validation images for one.
+        UnsupportedError: Several processes were started, and the method can't share batches.
     """
     kind = methods.get(method)
+    if kind.needs_mllm and issubclass(kind, GradientMethod):
+        check_shared(kind)  # others may train nothing; these may look at all images before they train
     chosen = choose_recipe(method, task.protocol, backbone, recipe)
     task = settle_targets(task, chosen)
     for part in task.parts:

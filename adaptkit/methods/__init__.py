@@ -13,4 +13,10 @@ if TYPE_CHECKING:
 methods: Registry[type[Method]] = Registry("method", entry_points="adaptkit.methods")
 methods.discover(__name__, Path(__file__).parent)
 
-__all__ = ["methods"]
+CLIP_ROWS = ("zero-shot", "clip-adapter")
+"""Always beside a multimodal language model, on a CLIP: what the language model has to be worth its cost against.
+
+Source: mllm sheet `base-to-novel.md`, fairness rule 3.
+"""
+
+__all__ = ["CLIP_ROWS", "methods"]

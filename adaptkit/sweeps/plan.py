@@ -18,7 +18,7 @@ from adaptkit.errors import AdaptKitError, DataError, MissingPathError, StorageE
 from adaptkit.evaluation.recipes import resolve, share_overrides
 from adaptkit.evaluation.results import RESULT_FILE, RunKey, read_run
 from adaptkit.evaluation.tasks import TaskSpec, load_task
-from adaptkit.methods import methods
+from adaptkit.methods import CLIP_ROWS, methods
 from adaptkit.storage import read_json
 from adaptkit.sweeps.backbones import DEFAULT, KeptBackbone
 from adaptkit.sweeps.suite import RunSpec, Suite, expand, raise_problems
@@ -137,10 +137,11 @@ def make_plan(suite: Suite, *, progress: ProgressCallback | None = None) -> Plan
         ConfigError: Everything wrong, in one message.
     """
     specs = expand(suite)
-    planner = _Planner(progress, len(specs))
+    planner = _Planner(progress, len(specs), suite.clip_backbone)
     with datasets_kept():
         for _, group in groupby(specs, key=lambda spec: spec.backbone):
             planner.add_backbone(list(group))
+        planner.add_backbone(planner.clip_rows(suite))
         planner.add_unseen()
     where = f"suite {suite.name}"
     raise_problems(where, planner.problems)
@@ -152,18 +153,31 @@ def make_plan(suite: Suite, *, progress: ProgressCallback | None = None) -> Plan
 class _Planner:
     """One pass over a suite's runs."""
 
-    def __init__(self, progress: ProgressCallback | None, total: int) -> None:
-        self.progress, self.total, self.looked_at = progress, total, 0
+    def __init__(self, progress: ProgressCallback | None, total: int, clip: str) -> None:
+        self.progress, self.total, self.looked_at, self.clip = progress, total, 0, clip
         self.runs: dict[str, PlannedRun] = {}
         self.problems: list[str] = []
         self.kept = KeptBackbone()
         self.seen: set[str] = set()
         self.unseen: set[str] = set()
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}
+        self.on_mllm: dict[TaskSpec, None] = {}
 
     def add_backbone(self, specs: list[RunSpec]) -> None:
         for task, group in groupby(specs, key=lambda spec: spec.task):
             self._add_task(task, list(group))
+
+    def clip_rows(self, suite: Suite) -> list[RunSpec]:
+        """What a CLIP gives on the tasks of multimodal language models; those that the suite has itself count once."""
+        if self.clip == "none":
+            return []
+        rows = [
+            RunSpec(name, task, self.clip, shared=suite.set, precision=suite.precision, named=False)
+            for task in self.on_mllm
+            for name in CLIP_ROWS
+        ]
+        self.total += len(rows)
+        return rows
 
     def add_unseen(self) -> None:
         """Backbones that no task could be loaded for: their names may be wrong too."""
@@ -220,11 +234,19 @@ class _Planner:
             if plan is not None:
                 planned = PlannedRun(spec, plan.key.digest, plan.key, _size(plan))
                 self.runs.setdefault(planned.digest, planned)
+                if backbone.is_mllm and spec.backbone == self.clip:
+                    self.problems.append(
+                        f"clip_backbone {self.clip!r} is a multimodal language model itself: choose a CLIP, or none."
+                    )
+                elif backbone.is_mllm:
+                    self.on_mllm[spec.task] = None
 
 
 def why_impossible(method: str, task: Task, backbone: Backbone) -> str:
     """Why a method can't run on a task at all ("needs …"), "" where it can; only what is cheap to see."""
     kind = methods.get(method)
+    if kind.needs_mllm and not backbone.is_mllm:
+        return "needs a multimodal language model, and the backbone isn't one"
     if kind.needs_text and not backbone.has_text:
         return "needs a text encoder, and the backbone has none"
     own = [part for part in task.parts if part.name in OWN_PARTS]  # targets bring their own descriptions

@@ -7,6 +7,7 @@
     protocols: [few-shot]
     backbones: [mini]
     task: {data_root: /data}          what holds for every dataset; the fields of `TaskSpec`
+    clip_backbone: mini               of the rows beside a multimodal language model; none leaves them out
     set: [training.epochs=5]          settings for all methods that read them, as after --set
     include: [{methods: [zero-shot], shots: [1]}]      more grids; axes left out are those above
     exclude: [{methods: [coop], datasets: [digits]}]   what all words of an entry fit is left out
@@ -94,6 +95,8 @@ class Suite:
         seeds: Seeds of shots and training.
         protocols: Some of `PROTOCOLS`.
         backbones: Names as for `load_backbone`, or "default": a feature file's own, else `mini`.
+        clip_backbone: Beside every multimodal language model, `CLIP_ROWS` are run on this backbone on the same task;
+            "none" leaves them out.
         precision: Of the frozen encoder.
         set: Settings for all methods that read them.
         include: More grids.
@@ -109,6 +112,7 @@ class Suite:
     seeds: tuple[int, ...] = (1, 2, 3)
     protocols: tuple[str, ...] = ("few-shot",)
     backbones: tuple[str, ...] = (DEFAULT,)
+    clip_backbone: str = "mini"
     precision: Literal["fp32", "bf16"] = "fp32"
     set: tuple[str, ...] = ()
     include: tuple[Grid, ...] = ()

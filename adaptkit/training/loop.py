@@ -133,6 +133,19 @@ class GradientLoop:
         }
 
 
+def check_shared(method: GradientMethod | type[GradientMethod]) -> None:
+    """Refuse to train a method in several processes that can't share its batches.
+
+    Raises:
+        UnsupportedError: There are several, and it can't.
+    """
+    if current().count > 1 and not method.shares_batches:
+        raise UnsupportedError(
+            f"{method.name} can't share a batch among {current().count} processes: start it in one. The mllm- methods"
+            " that train can."
+        )
+
+
 def check_settings(settings: TrainingSettings) -> None:
     """Refuse settings that can't be trained with, all problems in one message.
 
@@ -266,11 +279,7 @@ class _Run:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.checkpoints, self.processes = checkpoints, current()
-        if self.processes.count > 1 and not method.shares_batches:
-            raise UnsupportedError(
-                f"{method.name} can't share a batch among {self.processes.count} processes: start it in one. The mllm-"
-                " methods that train can."
-            )
+        check_shared(method)
         self.method, self.inputs, self.progress, self.on_epoch = method, task.train, progress, on_epoch
         self.frozen = task.frozen if method.wants_frozen else None
         self.device = method.backbone.device

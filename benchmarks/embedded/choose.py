@@ -48,7 +48,10 @@ def on_validation(name: str) -> Dataset:
 @click.option("--datasets", type=NameList(), default=",".join(DATASETS), show_default=True)
 @click.option("--protocol", default="base-to-novel", show_default=True)
 @click.option("--backbone", "name", default="mini", show_default=True, help="mini or mini-mllm.")
-def main(method: str, tries: Sequence[str], datasets: Sequence[str], protocol: str, name: str) -> None:
+@click.option("--seeds", type=NameList(), default=",".join(map(str, SEEDS)), show_default=True)
+def main(
+    method: str, tries: Sequence[str], datasets: Sequence[str], protocol: str, name: str, seeds: Sequence[str]
+) -> None:
     """Mean validation accuracy over seeds, base / novel (or all), for each set of settings."""
     torch.set_num_threads(os.cpu_count() or 1)
     backbone = load_backbone(name)
@@ -60,7 +63,7 @@ def main(method: str, tries: Sequence[str], datasets: Sequence[str], protocol: s
             cells = []
             for dataset in datasets:
                 parts: dict[str, list[float]] = {}
-                for seed in SEEDS:
+                for seed in map(int, seeds):
                     task = make_task(on_validation(dataset), protocol, SHOTS, seed)
                     result = run_method(plan_run(method, backbone, task, overrides=overrides), backbone, store=store)
                     for part in result.result.parts:

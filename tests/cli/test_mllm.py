@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import adaptkit
 from adaptkit import FewShotClassifier
 from adaptkit.errors import AdaptKitWarning
 from adaptkit.evaluation.results import read_run
+from adaptkit.storage import read_safetensors, write_safetensors
+from adaptkit.training.processes import Processes
 from tests.backbones import tiny_mllm as tiny
 from tests.cli.conftest import CLASSES
 
@@ -88,12 +91,24 @@ def test_a_peft_file_becomes_an_adapter(call, refused, photos, tmp_path, backbon
     words = ["run", photos, "--method", "mllm-lora", "--backbone", backbone, "--shots", 2, "--set", "training.epochs=1"]
     assert call(*words, "--set", "r=4", "--set", "alpha=8", "--out", tmp_path / "out").exit_code == 0
     file = tmp_path / "out" / "adapter" / "peft" / "adapter_model.safetensors"
+    onnx = ["--format", "onnx", "--out", tmp_path / "none"]
+    assert "the language model reads every image" in refused("export", tmp_path / "out", *onnx)
+    assert "mllm-lora can't be folded" in refused("serve", tmp_path / "out", "--port", 0).replace("\n", " ")
     words = ["import", file, "--method", "mllm-lora", "--backbone", backbone, "--classes", ",".join(CLASSES)]
     outcome = call(*words, "--set", "alpha=8", "--out", tmp_path / "imported")
     assert outcome.exit_code == 0, outcome.output
     pictures = [photos / label / "0.png" for label in CLASSES]
     one, two = (adaptkit.load(tmp_path / name) for name in ("out/adapter", "imported"))
     np.testing.assert_array_equal(one.predict_proba(pictures), two.predict_proba(pictures))
+    learned = tmp_path / "imported" / "adapter_model.safetensors"
+    state = {key.replace("self_attn", "attention"): value for key, value in read_safetensors(learned).items()}
+    write_safetensors(learned, state)
+    assert "made with other settings" in refused("predict", tmp_path / "imported", pictures[0])
+    renamed = tmp_path / "renamed.safetensors"
+    plain = read_safetensors(file).items()
+    write_safetensors(renamed, {key.replace("self_attn", "attention"): value for key, value in plain})
+    moved = ["import", renamed, *words[2:], "--set", "alpha=8", "--out", tmp_path / "none"]
+    assert "no place in" in refused(*moved).replace("\n", " ")
     other = f"transformers:{tiny.save('blip2')}"
     words[words.index(backbone)] = other
     assert "has no layer named" in refused(*words, "--out", tmp_path / "none")
@@ -102,7 +117,7 @@ def test_a_peft_file_becomes_an_adapter(call, refused, photos, tmp_path, backbon
     assert "load the backbone it was trained on" in refused("predict", tmp_path / "out" / "adapter", pictures[0])
 
 
-def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
+def test_many_methods_on_one_model(call, refused, photos, tmp_path, backbone):
     chosen = "mllm-zero-shot,mllm-lora,zero-shot,tip-adapter,linear-probe,gda"
     words = ["compare", photos, "--methods", chosen, "--backbone", backbone, "--shots", 2, "--out", tmp_path / "out"]
     outcome = call(*words, "--json")
@@ -114,6 +129,7 @@ def test_many_methods_on_one_model(call, photos, tmp_path, backbone):
     assert "gain: over zero-shot on the same backbone" in again.stdout
     alone = call(*words, "--clip-backbone", "none", "--json")
     assert {run["key"]["backbone"] for run in json.loads(alone.stdout)["runs"]} == {backbone}
+    assert "is a multimodal language model itself" in refused(*words, "--clip-backbone", backbone)
 
 
 def test_fewer_image_tokens(call, refused, photos, tmp_path, backbone):
@@ -145,6 +161,35 @@ def test_as_an_estimator(photos, tmp_path, backbone):
     silent = FewShotClassifier("mllm-zero-shot", backbone, settings={"route": "open", "max_tokens": 1})
     with pytest.warns(AdaptKitWarning, match="no answer that names a class for 6 of 6 images"):
         assert silent.fit(pictures, labels).predict_proba(pictures) == pytest.approx(0.5)
+
+
+def test_a_missing_package_is_one_sentence(refused, photos, tmp_path, backbone, monkeypatch):
+    def run(method, name=backbone, *more):
+        words = ["run", photos, "--method", method, "--backbone", name, "--shots", 2, "--out", tmp_path / "out", *more]
+        message = " ".join(refused(*words).split())
+        assert message.count("Error: ") == 1
+        assert message.endswith(".")
+        assert not (tmp_path / "out").exists()
+        return message
+
+    for package in ("peft", "bitsandbytes", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None)
+    short = [word for setting in ("tags=false", "max_tokens=2") for word in ("--set", setting)]
+    for method, more in {**{key: [] for key in (*WITH_PEFT, "vladva")}, "virft": short, "dive-k": short}.items():
+        assert "can't be imported" in (message := run(method, backbone, *more)), method
+        assert "pip install 'adaptkit[lora]'" in message or "pip install 'adaptkit[quantised]'" in message, method
+    assert "pip install 'adaptkit[quantised]'" in run("mllm-zero-shot", f"{backbone}@nf4")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "pip install 'adaptkit[scale]'" in run("mllm-soft-prompt")
+
+
+def test_two_processes_that_can_not_share(refused, photos, tmp_path, backbone, monkeypatch):
+    """As a second process sees it, before any work; two are started in tests/training/test_processes.py."""
+    monkeypatch.setattr("adaptkit.training.processes._current", Processes(1, 2))
+    monkeypatch.setattr("adaptkit.evaluation.protocols.run_method", lambda *given, **more: pytest.fail("work began"))
+    for method in ("vladva", "dive-k", "twin"):
+        words = ["run", photos, "--method", method, "--backbone", backbone, "--shots", 2, "--out", tmp_path / "out"]
+        assert f"{method} can't share a batch among 2 processes: start it in one." in refused(*words)
 
 
 def test_bad_input(refused, photos, tmp_path, backbone):

@@ -65,6 +65,35 @@ def test_words_leave_out_what_cannot_work(bench):
     assert "needs descriptions" in note
 
 
+def test_methods_that_ask_a_language_model_are_left_out_on_a_clip():
+    plan = planned(methods=["all"])
+    assert not {run.spec.method for run in plan.runs} & {"mllm-lora", "vladva", "twin"}
+    [note] = [note for note in plan.notes if "language model" in note]
+    assert note.startswith("left out on digits: dive-k, fromage, ")
+    with pytest.raises(ConfigError, match="mllm-lora can't run on digits with mini: it needs a multimodal"):
+        planned(methods=["mllm-lora"])
+
+
+def test_a_clip_stands_beside_every_language_model():
+    """Fairness rule 3 of the sheet `base-to-novel.md`."""
+
+    def rows(**content):
+        plan = planned(**{"methods": ["mllm-zero-shot"], "backbones": ["mini-mllm"], **content})
+        return sorted((run.key.method, run.key.backbone, run.key.seed) for run in plan.runs)
+
+    alone = [("mllm-zero-shot", "mini-mllm", 1)]
+    both = [("clip-adapter", "mini", 1), *alone, ("zero-shot", "mini", 1)]
+    assert rows() == both
+    assert rows(include=[{"methods": ["zero-shot"], "backbones": ["mini"]}]) == both  # named as well: once
+    assert rows(methods=["zero-shot"]) == [*both[:1], *both[2:], ("zero-shot", "mini-mllm", 1)]  # on its features
+    assert rows(clip_backbone="none") == alone
+    assert len(rows(seeds=[1, 2])) == 6
+    with pytest.raises(ConfigError, match="no-such"):
+        rows(clip_backbone="no-such/x")
+    with pytest.raises(ConfigError, match="clip_backbone 'mini-mllm' is a multimodal language model itself"):
+        rows(clip_backbone="mini-mllm")
+
+
 def test_nothing_left_is_said():
     with pytest.raises(ConfigError, match="leave out everything"):
         planned(exclude=[{"datasets": ["digits"]}])

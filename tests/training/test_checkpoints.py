@@ -101,6 +101,43 @@ def test_averages_over_epochs_go_on(averaging, tmp_path):
     same(whole, fit("promptsrc", tmp_path / "kept", config=config)[0])
 
 
+REMEMBERING = {
+    "virft reuses": ("virft", {"reuse": 2, "resample": 1, "scale_rewards": False}),
+    "virft keeps nothing near": ("virft", {"reuse": 3, "beta": 0.0}),
+    "dive-k refreshes": ("dive-k", {"refresh_every": 1, "reuse": 2, "rollouts": 3}),
+    "dive-k by likelihood": ("dive-k", {"refresh_every": 2, "mined_from": "likelihood"}),
+    "twin is rewarded": ("twin", {"mode": "grpo", "explain": False, "reuse": 2, "max_tokens": 3, "held_out": 0.5}),
+    "twin is unbalanced": ("twin", {"ratio": 2.0, "balanced": False, "dropout": 0.1}),
+    "prior tunes its reference": ("prior", {"reference": "self-text-tuned", "reference_epochs": 1}),
+    "recaption with letters": ("recaption", {"variant": "letters", "dropout": 0.1}),
+    "lora with letters": ("mllm-lora", {"variant": "letters", "dropout": 0.1, "micro_batch": 2}),
+    "frozen and a teacher": ("frozen", {"align_to": "p-former", "teacher_steps": 2}),
+    "magma with a prefix": ("magma", {"kind": "scaled-parallel", "prefix": "pooled"}),
+    "qformer in two stages": ("qformer", {"stages": "1+2"}),
+}
+"""Settings under which a method has more to go on from than its parameters."""
+
+QUICK = ("virft reuses", "dive-k refreshes", "twin is rewarded")
+
+
+@pytest.mark.parametrize("kill_at", [5, pytest.param(7, marks=pytest.mark.slow)])  # within an epoch; between two
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param(*case, id=what, marks=[] if what in QUICK else pytest.mark.slow)
+        for what, case in REMEMBERING.items()
+    ],
+)
+def test_what_a_method_remembers_goes_on(name, settings, kill_at, tmp_path):
+    config = methods.get(name).config_class(**settings)
+    whole, report = fit(name, config=config)
+    fit(name, tmp_path / "kept", kill_at, config)
+    resumed, again = fit(name, tmp_path / "kept", config=config)
+    same(whole, resumed)
+    assert 0 < again.pop("resumed_at") < kill_at
+    assert {**again, "seconds": 0} == {**report, "seconds": 0}
+
+
 # --- a process that is killed -----------------------------------------------------------------------------------------
 
 SCRIPT = """

@@ -11,8 +11,9 @@ clipping matter. Log-probabilities are those at the temperature that was drawn w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -73,6 +74,16 @@ class GrpoConfig(TrainedReducingConfig):
             *at_least(self, 0, "beta", "resample", "micro_batch", "clip"),
             ("eps", "above 0 and below 1", 0 < self.eps < 1),
         )
+
+
+def as_bytes(value: Any) -> Tensor:
+    """Plain values as JSON in a tensor, for a checkpoint."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_bytes(kept: Tensor) -> Any:
+    """What `as_bytes` was given; tuples come back as lists."""
+    return json.loads(bytes(kept.tolist()))
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -375,8 +386,15 @@ class GrpoMethod(TwinMethod):
 
     def _judged(self, question: Question, answers: list[list[int]]) -> Rollouts:
         rewards = [self.rewards(self.mllm.prompter.text(answer), question) for answer in answers]
+        return self._compared(question, answers, rewards)
+
+    def _compared(
+        self, question: Question, answers: list[list[int]], rewards: list[dict[str, float]], uses: int = 0
+    ) -> Rollouts:
         totals = torch.tensor([[sum(reward.values()) for reward in rewards]])
-        return Rollouts(question, answers, rewards, group_advantages(totals, scaled=self.config.scale_rewards)[0])
+        return Rollouts(
+            question, answers, rewards, group_advantages(totals, scaled=self.config.scale_rewards)[0], uses=uses
+        )
 
     @torch.no_grad()
     def _compare(self, inputs: Tensor, drawn: Sequence[Rollouts]) -> None:
@@ -413,6 +431,35 @@ class GrpoMethod(TwinMethod):
         if known:
             self._tally.add("kl", float(distances.detach().sum()), len(distances))
         return (losses * weights.to(losses)).sum()
+
+    # --- going on from a checkpoint -----------------------------------------------------------------------------------
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The epochs' record, and drawn answers that are trained on again."""
+        known = [(key, one) for key, one in self._remembered.items() if one.uses < self.config.reuse]
+        rolled = [
+            {"key": key, "turns": [asdict(turn) for turn in one.question.turns], "truth": one.question.truth,
+             "answers": one.answers, "rewards": one.rewards, "uses": one.uses}
+            for key, one in known
+        ]  # fmt: skip
+        scores = {
+            f"{kind}.{place}": value
+            for place, (_, one) in enumerate(known)
+            for kind, value in (("reference", one.reference), ("old", one.old))
+            if value is not None
+        }
+        return {**scores, "grpo": as_bytes({"epochs": self._epochs, "tally": asdict(self._tally), "rolled": rolled})}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        kept, device = from_bytes(state["grpo"]), self.backbone.device
+        self._epochs, self._tally, self._remembered = kept["epochs"], _Tally(**kept["tally"]), {}
+        for place, one in enumerate(kept["rolled"]):
+            asked = Question(tuple(Turn(**turn) for turn in one["turns"]), (), one["truth"])
+            made = self._compared(asked, one["answers"], one["rewards"], one["uses"])
+            for kind in ("reference", "old"):
+                value = state.get(f"{kind}.{place}")
+                setattr(made, kind, None if value is None else value.to(device))
+            self._remembered[tuple(one["key"])] = made
 
     # --- the record ---------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -29,7 +29,7 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.backbones.mllm.sampling import Sampling
 from adaptkit.methods import methods
 from adaptkit.methods.base import at_least, progress_of, refuse
-from adaptkit.methods.mllm._grpo import Question, numbers_for, roll
+from adaptkit.methods.mllm._grpo import Question, as_bytes, from_bytes, numbers_for, roll
 from adaptkit.methods.mllm._letters import LETTERS, options_text
 from adaptkit.methods.mllm._likelihood import normalised
 from adaptkit.methods.mllm._matching import STEPS, Matcher
@@ -165,6 +165,15 @@ class DiveK(RewardedMllm):
             mined += self._options_of(features, [labels[place] for place in places], numbers)
             show(f"{self.name}: options", len(mined), len(labels))
         self._mined = mined
+
+    def training_state(self) -> dict[str, Tensor]:
+        mined = [None if one is None else asdict(one) for one in self._mined]
+        return {**super().training_state(), "mined": as_bytes(mined)}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_training_state(state)
+        rows = from_bytes(state["mined"])
+        self._mined = [None if one is None else Mined(tuple(one["options"]), one["truth"], one["how"]) for one in rows]
 
     def _options_of(
         self, features: ImageFeatures, labels: Sequence[int], numbers: Sequence[torch.Generator]

@@ -20,6 +20,7 @@ from adaptkit.errors import DataError
 from adaptkit.evaluation.metrics import BaseToNovel, average_base_to_novel, harmonic_mean
 from adaptkit.evaluation.results import SCHEMA_VERSION, SOURCE, RunKey, RunResult
 from adaptkit.evaluation.statistics import Summary, summarise
+from adaptkit.methods import methods
 from adaptkit.storage import digest_json
 from adaptkit.sweeps.results import BadRun, RunRecord
 
@@ -307,7 +308,34 @@ def gather(records: Sequence[RunRecord], damaged: Sequence[BadRun] = ()) -> Repo
     for record in kept:
         by_section[_section_key(record.result)].append(record)
     sections = tuple(_section(key, found) for key, found in sorted(by_section.items()))
-    return Report(sections, tuple(damaged), tuple(notes))
+    return Report(sections, tuple(damaged), (*notes, *_without_clip(kept)))
+
+
+def _without_clip(records: Sequence[RunRecord]) -> list[str]:
+    """A caution where a multimodal language model has no CLIP's zero-shot and adapter beside it on the same task.
+
+    A backbone is taken for one where a run of a method that asks one is among the records.
+
+    Source: mllm sheet `base-to-novel.md`, fairness rule 3.
+    """
+    keys = [record.result.key for record in records]
+    asking = {name for name in {key.method for key in keys} if name in methods and methods.get(name).needs_mllm}
+    models = {key.backbone for key in keys if key.method in asking}
+    asked, beside = dict[tuple[str, ...], RunKey](), defaultdict[tuple[str, ...], set[bool]](set)
+    for key in keys:
+        task = (key.protocol, key.dataset, _tested_on(key), str(key.shots))
+        if key.backbone in models:
+            asked.setdefault(task, key)
+        else:
+            beside[task].add(key.method == ZERO_SHOT)
+    missing = [key for task, key in asked.items() if len(beside[task]) < 2]
+    if not missing:
+        return []
+    where = "; ".join(sorted({f"{key.dataset}, {key.protocol}, {shots_text(key.shots)}" for key in missing}))
+    return [
+        f"No CLIP stands beside the multimodal language models on {where}: without its zero-shot and adapter rows these"
+        " figures don't say what a language model is worth. 'adaptkit compare' and 'adaptkit sweep' add them."
+    ]
 
 
 def _nothing_left(damaged: Sequence[BadRun], notes: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from adaptkit.sweeps.report.aggregate import (
     measures,
 )
 from adaptkit.sweeps.results import BadRun, RunRecord, read_runs
+from tests.sweeps.made import made_result
 from tests.sweeps.report.build import record, seeds, write
 
 B2N = {"protocol": "base-to-novel", "shots": 16}
@@ -213,3 +214,23 @@ def test_runs_of_one_key_with_other_parts_dont_break_the_cell(tmp_path):
     cell = gather([one, odd]).cells[0]
     assert set(cell.summaries) == {"base"}
     assert write(tmp_path / "again", one.result, {}).result == one.result
+
+
+def test_language_models_without_a_clip_beside_them_are_said(tmp_path):
+    def run(method, backbone="mini", **key):
+        return RunRecord(tmp_path, made_result(method=method, backbone=backbone, **key))
+
+    def said(*runs):
+        return [note for note in gather(runs).notes if "No CLIP stands beside" in note]
+
+    asked = [run("mllm-lora", "some-mllm"), run("zero-shot", "some-mllm"), run("gda", "some-mllm", shots=8)]
+    clip, adapter = run("zero-shot"), run("clip-adapter")
+    assert said(clip, adapter) == []
+    [note] = said(*asked, clip)  # one of the two isn't enough
+    assert "on digits, few-shot, 4 shots; digits, few-shot, 8 shots:" in note
+    [note] = said(*asked, clip, adapter)
+    assert "on digits, few-shot, 8 shots:" in note
+    assert said(*asked[:2], clip, adapter) == []
+    elsewhere = [run("zero-shot", split_digest="e" * 64), run("clip-adapter", split_digest="e" * 64)]
+    assert len(said(*asked[:1], *elsewhere)) == 1
+    assert said(run("a-method-of-a-plugin", "x")) == []
