@@ -82,9 +82,24 @@ TABLES = {
 
 
 def run_all(
-    plans: Sequence[RunPlan], known: dict[str, Scores], backbone: Backbone, store: FeatureStore, out: Path
+    plans: Sequence[RunPlan],
+    known: dict[str, Scores],
+    backbone: Backbone,
+    store: FeatureStore,
+    out: Path,
+    head: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run what isn't known yet; written down after each run, so that an interruption loses one run at most."""
+    """Run what isn't known yet; written down after each run, so that an interruption loses one run at most.
+
+    Args:
+        plans: The runs.
+        known: What is known, by the digest of a run's key; it grows.
+        backbone: Of all the runs.
+        store: Of features.
+        out: The file.
+        head: What stands there before the runs; by default the backbone's digest.
+    """
+    head = head or {"backbone_digest": backbone.spec.digest}
     for done, plan in enumerate(plans):
         digest = plan.key.digest
         if digest in known:
@@ -92,7 +107,7 @@ def run_all(
         with console.progress_bars(True) as progress:
             result = run_method(plan, backbone, store=store, progress=progress).result
         known[digest] = scores_of(result)
-        write_json(out, {"backbone_digest": backbone.spec.digest, "runs": known})
+        write_json(out, {**head, "runs": known})
         click.echo(f"{done + 1}/{len(plans)} {_named(plan)}", err=True)
 
 

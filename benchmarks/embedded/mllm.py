@@ -105,6 +105,7 @@ def main(names: Sequence[str] | None, datasets: Sequence[str], out: Path, fresh:
     """Run, write the JSON, and beside it the page of tables."""
     torch.set_num_threads(threads)
     known = read_known(out)
+    digests = {name: load_backbone(name).spec.digest for name in sorted({entry.backbone for entry in ENTRIES})}
     shown: list[Scores] = []
     for entry in chosen(names):
         plans = list(planned(entry, datasets, SEEDS))
@@ -113,7 +114,7 @@ def main(names: Sequence[str] | None, datasets: Sequence[str], out: Path, fresh:
             known = {digest: scores for digest, scores in known.items() if digest not in wanted}
         backbone = load_backbone(entry.backbone)
         with tempfile.TemporaryDirectory() as folder:
-            run_all(plans, known, backbone, FeatureStore(folder), out)
+            run_all(plans, known, backbone, FeatureStore(folder), out, {"backbone_digests": digests})
         shown += [{**known[digest], "method": entry.name} for digest in wanted]
     text = mllm_page(sorted(shown, key=lambda run: list(datasets).index(run["dataset"])), SHOTS)
     with atomic_path(out.with_suffix(".md")) as part:
