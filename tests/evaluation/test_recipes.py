@@ -148,13 +148,11 @@ def test_search_ranges_per_dataset_are_the_sheets_and_marked(method: str):
         assert origins["method.max_beta"] == f"recipe {recipe.name}, dataset {dataset}"
 
 
-def test_only_recipes_that_know_the_dataset_or_its_test_images_are_marked():
+def test_only_recipes_that_know_the_dataset_are_marked():
     marked = [name for name in list_recipes() if load_recipe(name).marked]
     assert marked == [
         "ape-t/few-shot-per-dataset",
         "ape/few-shot-per-dataset",
-        "frozen/base-to-novel-quick",  # chosen on test images, until they are chosen again
-        "frozen/few-shot-quick",
         "mmrl/base-to-novel-per-dataset",
         "mmrl/few-shot-per-dataset",
         "mmrlpp/base-to-novel-per-dataset",
