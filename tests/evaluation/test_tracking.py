@@ -196,8 +196,12 @@ def test_wandb_offline(planned, tmp_path, monkeypatch):
     result = follow(trackers, planned, 60)
     assert trackers.notes == ()
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    wanted = ("train/loss", "test/novel/accuracy", result.key_digest)
+    end = time.monotonic() + 60  # a service of wandb's own writes the file, and may be behind on a busy machine
+    while time.monotonic() < end and not all(text.encode() in stored.read_bytes() for text in wanted):
+        time.sleep(0.1)
     content = stored.read_bytes()
-    for text in ("train/loss", "test/novel/accuracy", result.key_digest):
+    for text in wanted:
         assert text.encode() in content, text
 
 
