@@ -16,6 +16,9 @@ import adaptkit
 PACKAGE = Path(adaptkit.__file__).parent
 
 CORE = ("errors", "types", "registry", "config", "storage")
+BELOW_THE_STUDIO = {
+    *(*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export", "estimator", "serving"),
+}
 MAY_IMPORT = {
     # the core files stand in a row; each may import those before it
     **{name: set(CORE[:position]) for position, name in enumerate(CORE)},
@@ -28,31 +31,8 @@ MAY_IMPORT = {
     "export": {*CORE, "backbones", "data", "methods", "training", "evaluation"},
     "estimator": {*CORE, "backbones", "data", "methods", "training", "evaluation", "sweeps", "export"},
     "serving": {*CORE, "backbones", "data", "methods", "training", "evaluation", "export", "estimator"},
-    "studio": {
-        *CORE,
-        "backbones",
-        "data",
-        "methods",
-        "training",
-        "evaluation",
-        "sweeps",
-        "export",
-        "estimator",
-        "serving",
-    },
-    "commands": {
-        *CORE,
-        "backbones",
-        "data",
-        "methods",
-        "training",
-        "evaluation",
-        "sweeps",
-        "export",
-        "estimator",
-        "serving",
-        "studio",
-    },
+    "studio": BELOW_THE_STUDIO,
+    "commands": {*BELOW_THE_STUDIO, "studio"},
     "__main__": {"commands"},  # python -m adaptkit
 }
 EXPECTED_ROOMS = set(MAY_IMPORT)

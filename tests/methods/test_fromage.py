@@ -16,7 +16,7 @@ from adaptkit.methods.mllm._tuning import IGNORED
 from adaptkit.methods.mllm.fromage import RET, Fromage, FromageConfig
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm as tiny
-from tests.methods.tiny import DESCRIPTIONS, NAMES, make_task, query
+from tests.methods.tiny import DESCRIPTIONS, NAMES, ask, make_task, query, trained
 
 WIDTH, INPUTS = tiny.WIDTH, 64
 LABELS = torch.tensor([0, 3, 1])
@@ -29,16 +29,6 @@ def llava():
 
 def make(backbone, descriptions=None, seed=0, **settings):
     return Fromage(backbone, NAMES, config=FromageConfig(**settings), seed=seed, descriptions=descriptions)
-
-
-def trained(method, epochs=3, lr=1e-2, **task):
-    settings = replace(method.default_training, epochs=epochs, lr=lr)
-    return fit_method(method, make_task(method.backbone, "images", **{"shots": 1, **task}), settings)
-
-
-def ask(method, pixels):
-    with torch.no_grad():
-        return method(pixels)
 
 
 def test_how_much_it_trains(llava):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,10 +9,9 @@ from adaptkit.backbones.mllm.prompts import Turn
 from adaptkit.errors import AdapterError, BackboneError, ConfigError, DataError
 from adaptkit.methods.mllm._vision import vision_states
 from adaptkit.methods.mllm.frozen import Frozen, FrozenConfig
-from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm as tiny
 from tests.backbones.test_mllm import brute_force
-from tests.methods.tiny import DESCRIPTIONS, NAMES, make_task, query
+from tests.methods.tiny import DESCRIPTIONS, NAMES, ask, query, trained
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +21,6 @@ def llava():
 
 def make(backbone, descriptions=None, seed=0, **settings):
     return Frozen(backbone, NAMES, config=FrozenConfig(**settings), seed=seed, descriptions=descriptions)
-
-
-def trained(method, epochs=3, lr=1e-2, **task):
-    settings = replace(method.default_training, epochs=epochs, lr=lr)
-    return fit_method(method, make_task(method.backbone, "images", **{"shots": 1, **task}), settings)
-
-
-def ask(method, pixels):
-    with torch.no_grad():
-        return method(pixels)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])

@@ -16,7 +16,7 @@ from adaptkit.methods.mllm.magma import Magma, MagmaConfig
 from adaptkit.methods.mllm.mllm_zero_shot import MllmZeroShot, MllmZeroShotConfig
 from adaptkit.training.loop import fit_method
 from tests.backbones import tiny_mllm as tiny
-from tests.methods.tiny import NAMES, make_task, query
+from tests.methods.tiny import NAMES, ask, make_task, query, trained
 
 KINDS = ("sequential", "parallel", "scaled_parallel")
 PLACES = ({"mlp": 4, "attention": 0}, {"mlp": 0, "attention": 8}, {"mlp": 8, "attention": 8})
@@ -30,16 +30,6 @@ def llava():
 
 def make(backbone, seed=0, **settings):
     return Magma(backbone, NAMES, config=MagmaConfig(**settings), seed=seed)
-
-
-def trained(method, epochs=3, lr=1e-2, **task):
-    settings = replace(method.default_training, epochs=epochs, lr=lr)
-    return fit_method(method, make_task(method.backbone, "images", **{"shots": 1, **task}), settings)
-
-
-def ask(method, pixels):
-    with torch.no_grad():
-        return method(pixels)
 
 
 def numbers(seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from adaptkit.backbones.base import Backbone, BackboneSpec, Preprocessing, Token
 from adaptkit.backbones.dual_encoder import DualEncoder
 from adaptkit.backbones.tokenizing import ClipTokenizer
 from adaptkit.backbones.tower import BlockShape, ImageShape, ImageTower, TextShape, TextTower
+from adaptkit.training.loop import fit_method
 from adaptkit.types import FitTask, TensorInputs
 
 NAMES = ("tabby cat", "golden_retriever", "river", "7-series sedan")
@@ -114,3 +116,15 @@ def query(backbone: Backbone, reads: str, count: int = 9) -> Tensor:
     pixels = drawn_images(torch.arange(count) % len(NAMES), 1, 12, backbone.spec.preprocessing.image_size)[0]
     with torch.no_grad():
         return pixels if reads == "images" else backbone.encode_image(pixels)
+
+
+def trained(method, epochs=3, lr=1e-2, **task):
+    """Train a method on images, one shot of each class unless `task` says otherwise; the report."""
+    settings = replace(method.default_training, epochs=epochs, lr=lr)
+    return fit_method(method, make_task(method.backbone, "images", **{"shots": 1, **task}), settings)
+
+
+def ask(method, pixels):
+    """Logits [images, classes]."""
+    with torch.no_grad():
+        return method(pixels)
