@@ -151,8 +151,8 @@ class Method(nn.Module):
         if self.needs_mllm and not backbone.is_mllm:
             raise UnsupportedError(
                 f"{self.name} asks a multimodal language model, and {backbone.spec.name!r} isn't one: choose a backbone"
-                " such as 'mini-mllm' or 'transformers:Qwen/Qwen2.5-VL-3B-Instruct', or a method for CLIP-like backbones"
-                " (zero-shot)."
+                " such as 'mini-mllm' or 'transformers:Qwen/Qwen2.5-VL-3B-Instruct', or a method for CLIP-like"
+                " backbones (zero-shot)."
             )
         if self.needs_text and not backbone.has_text:
             raise UnsupportedError(
